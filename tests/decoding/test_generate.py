@@ -1,0 +1,195 @@
+"""Generation against a toy decoder whose logits are a closed form of everything a row has read."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from big_vlm.config import UserError
+from big_vlm.decoding.generate import make_generate, make_stream
+from big_vlm.decoding.samplers import Greedy, Temperature
+
+VOCAB, EOS, PAD = 11, 1, 0
+SLOTS = 6  # of a prompt
+
+
+def weights(seed=0):
+    return {'w': np.random.default_rng(seed).normal(size=(VOCAB, VOCAB)).astype(np.float32)}
+
+
+def prefill(params, batch, cache_size):
+    """The cache is the sum of what was read, token i weighing cos(position): order counts, as in a real decoder."""
+    real = jnp.asarray(batch['segment']) > 0
+    weight = jnp.where(real, jnp.cos(batch['position'] * 1.0), 0.0)
+    read = jnp.einsum('bt,btv->bv', weight, params['w'][batch['text']])
+    # One slot a token, to see that none is written outside of the cache.
+    slots = jnp.zeros((read.shape[0], cache_size), jnp.int32)
+    slots = slots.at[:, : real.shape[1]].set(jnp.where(real, batch['text'], 0)[:, :cache_size])
+    return read, {'read': read, 'length': real.sum(1), 'slots': slots}
+
+
+def decode_step(params, cache, token):
+    read = cache['read'] + jnp.cos(cache['length'] * 1.0)[:, None] * params['w'][token]
+    slots = cache['slots'].at[jnp.arange(token.shape[0]), cache['length']].set(token, mode='drop')
+    return read, {'read': read, 'length': cache['length'] + 1, 'slots': slots}
+
+
+PREDICT = {'prefill': prefill, 'decode_step': decode_step}
+
+
+def oracle(params, prompt, max_new_tokens):
+    """Greedy decoding in float64, the whole history read anew for every token -> ids, log-probabilities."""
+    ids, log_probs, history = [], [], list(prompt)
+    while len(ids) < max_new_tokens and EOS not in ids:
+        logits = sum(math.cos(i) * params['w'][t].astype(np.float64) for i, t in enumerate(history))
+        ids.append(int(np.argmax(logits)))
+        log_probs.append(logits[ids[-1]] - np.log(np.exp(logits).sum()))
+        history.append(ids[-1])
+    return ids, log_probs
+
+
+def make_batch(prompts, **more):
+    batch = {k: np.zeros((len(prompts), SLOTS), np.int32) for k in ('text', 'segment', 'position')}
+    for row, prompt in enumerate(prompts):
+        batch['text'][row, : len(prompt)] = prompt
+        batch['segment'][row, : len(prompt)] = 1
+        batch['position'][row] = np.arange(SLOTS)
+    return batch | more
+
+
+def random_prompts(n, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(2, VOCAB, rng.integers(1, SLOTS + 1)).tolist() for _ in range(n)]
+
+
+@pytest.fixture(scope='module')
+def generate():
+    return make_generate(PREDICT, max_new_tokens=12, eos_id=EOS, pad_id=PAD)
+
+
+@pytest.mark.parametrize('rows, seed', [(1, 0), (3, 1), (8, 6)])
+def test_greedy_equals_the_uncached_oracle(generate, rows, seed):
+    params, prompts = weights(seed), random_prompts(rows, seed)
+    out = jax.device_get(generate(params, make_batch(prompts)))
+    lengths = set()
+    for row, prompt in enumerate(prompts):
+        ids, log_probs = oracle(params, prompt, 12)
+        n = len(ids)
+        lengths.add(n)
+        assert out.length[row] == n
+        assert out.ids[row].tolist() == ids + [PAD] * (12 - n)
+        np.testing.assert_allclose(out.log_probs[row, :n], log_probs, atol=1e-4)
+        np.testing.assert_array_equal(out.log_probs[row, n:], 0)
+    if rows == 8:
+        assert 12 in lengths and len(lengths) > 1  # some rows were cut off, some ended by themselves
+
+
+def test_a_limit_is_a_prefix_and_costs_no_compilation():
+    traces = []
+
+    def counted(params, batch, cache_size):
+        traces.append(cache_size)
+        return prefill(params, batch, cache_size)
+
+    generate = make_generate(PREDICT | {'prefill': counted}, max_new_tokens=12, eos_id=EOS)
+    params, batch = weights(6), make_batch(random_prompts(8, 6))
+    whole = jax.device_get(generate(params, batch))
+    for limit in (1, 5):
+        part = jax.device_get(generate(params, batch, limit=limit, seed=limit))
+        np.testing.assert_array_equal(part.ids[:, :limit], whole.ids[:, :limit])
+        np.testing.assert_array_equal(part.ids[:, limit:], PAD)
+        np.testing.assert_array_equal(part.length, np.minimum(whole.length, limit))
+    assert traces == [SLOTS + 12]
+    with pytest.raises(UserError, match='limit 13.*1 … 12'):
+        generate(params, batch, limit=13)
+
+
+def test_the_loop_ends_with_its_last_row():
+    """Steps are counted on the device's behalf: prefill gives the first token, the last one is never read back."""
+    steps = []
+
+    def counted(params, cache, token):
+        jax.debug.callback(lambda: steps.append(1))
+        return decode_step(params, cache, token)
+
+    params, prompts = weights(6), random_prompts(8, 6)
+    short = [p for p in prompts if len(oracle(params, p, 12)[0]) < 12]
+    longest = max(len(oracle(params, p, 12)[0]) for p in short)
+    generate = make_generate(PREDICT | {'decode_step': counted}, max_new_tokens=12, eos_id=EOS)
+    jax.block_until_ready(generate(params, make_batch(short)))
+    jax.effects_barrier()
+    assert 0 < len(steps) == longest - 1
+
+
+def test_masked_rows_come_back_empty_and_hold_nobody_up(generate):
+    params, prompts = weights(1), random_prompts(4, 5)
+    mask = np.array([True, False, True, False])
+    out = jax.device_get(generate(params, make_batch(prompts, _mask=mask)))
+    whole = jax.device_get(generate(params, make_batch(prompts)))
+    np.testing.assert_array_equal(out.ids[mask], whole.ids[mask])
+    np.testing.assert_array_equal(out.ids[~mask], PAD)
+    np.testing.assert_array_equal(out.length[~mask], 0)
+
+
+def test_sampling_is_seeded_and_a_row_knows_no_neighbours(generate):
+    params, prompts = weights(3), random_prompts(8, 3)
+    ids = np.stack([np.zeros(8, np.int32), np.arange(8, dtype=np.int32) * 7], axis=1)
+    batch = make_batch(prompts, id=ids)
+    warm = Temperature(1.5)
+    one = jax.device_get(generate(params, batch, sampler=warm, seed=4))
+    again = jax.device_get(generate(params, batch, sampler=warm, seed=4))
+    other = jax.device_get(generate(params, batch, sampler=warm, seed=5))
+    np.testing.assert_array_equal(one.ids, again.ids)
+    assert (one.ids != other.ids).any(axis=1).sum() >= 6
+    order = np.array([5, 2, 7])
+    some = jax.device_get(generate(params, {k: v[order] for k, v in batch.items()}, sampler=warm, seed=4))
+    np.testing.assert_array_equal(some.ids, one.ids[order])
+    np.testing.assert_allclose(some.log_probs, one.log_probs[order], atol=1e-5)
+
+
+def test_equal_prompts_with_different_ids_draw_differently(generate):
+    batch = make_batch([[3, 4]] * 6)
+    out = jax.device_get(generate(weights(1), batch, sampler=Temperature(2.0), seed=0))
+    assert len({tuple(row) for row in out.ids.tolist()}) > 3
+
+
+def test_sampled_log_probs_are_the_models_own(generate):
+    """Whatever the temperature, a row's log-probabilities are those of its tokens under softmax(logits)."""
+    params, prompts = weights(3), random_prompts(4, 3)
+    out = jax.device_get(generate(params, make_batch(prompts), sampler=Temperature(3.0), seed=1))
+    for row, prompt in enumerate(prompts):
+        history = list(prompt)
+        for column in range(out.length[row]):
+            logits = sum(math.cos(i) * params['w'][t].astype(np.float64) for i, t in enumerate(history))
+            token = int(out.ids[row, column])
+            expected = logits[token] - np.log(np.exp(logits).sum())
+            np.testing.assert_allclose(out.log_probs[row, column], expected, atol=1e-4)
+            history.append(token)
+
+
+@pytest.mark.parametrize('sampler', [Greedy(), Temperature(1.0, top_k=4)])
+def test_a_stream_gives_the_same_tokens_one_by_one(generate, sampler):
+    params, batch = weights(6), make_batch(random_prompts(4, 6), _mask=np.array([True, True, False, True]))
+    whole = jax.device_get(generate(params, batch, sampler=sampler, seed=9))
+    stream = make_stream(PREDICT, max_new_tokens=12, eos_id=EOS, pad_id=PAD)
+    tokens = list(stream(params, batch, sampler=sampler, seed=9))
+    assert len(tokens) == whole.length.max()
+    for column, item in enumerate(tokens):
+        np.testing.assert_array_equal(item.token, whole.ids[:, column])
+        np.testing.assert_array_equal(item.live, column < whole.length)
+        np.testing.assert_allclose(item.log_prob, whole.log_probs[:, column], atol=1e-5)
+
+
+def test_a_prompt_must_fit_into_the_cache():
+    params = weights(0)
+    batch = make_batch([[2, 3], [2, 3, 4, 5, 6]])
+    fits = make_generate(PREDICT, max_new_tokens=4, eos_id=EOS, cache_size=8)  # 5 tokens, 3 of the 4 new ones
+    assert jax.device_get(fits(params, batch)).length.max() >= 1
+    tight = make_generate(PREDICT, max_new_tokens=4, eos_id=EOS, cache_size=7)
+    with pytest.raises(UserError, match='row 1: a prompt of 5 tokens and 4 new ones need 8 slots, the cache has 7'):
+        tight(params, batch)
+    assert tight(params, batch, limit=3).ids.shape == (2, 4)
+    with pytest.raises(UserError, match='max_new_tokens 0'):
+        make_generate(PREDICT, max_new_tokens=0, eos_id=EOS)

@@ -1,0 +1,228 @@
+"""The schema of a run: one dataclass per section, every field with its meaning, unit and default.
+
+A config file's `get_config(arg)` returns a `ConfigDict` (or a dict) with these keys: one `Stage`, or several of them
+named by `stages`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+# A number's annotation carries the least value it may take.
+Positive = Annotated[int, 1]
+Count = Annotated[int, 0]
+Amount = Annotated[float, 0.0]
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A length of training in one unit; giving two is an error. All zero: none."""
+
+    steps: Count = 0  # global batches
+    examples: Count = 0  # training examples seen
+    epochs: Amount = 0.0  # passes over the stage's training examples
+    percent: Amount = 0.0  # of the stage's total steps (not for `total` itself)
+
+    def given(self) -> list[str]:
+        return [f.name for f in dataclasses.fields(self) if getattr(self, f.name)]
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Devices per axis; one axis may be -1, the rest of them."""
+
+    data: int = -1  # batch shards with a full copy of the weights
+    fsdp: int = 1  # batch shards among which each weight is split
+    model: int = 1  # split inside layers (heads, mlp, vocabulary)
+
+
+@dataclass(frozen=True)
+class Contract:
+    """How pixels and text become arrays; it travels with the weights."""
+
+    image_size: Positive = 224  # pixels, square
+    resample: Literal['bilinear', 'bicubic'] = 'bilinear'  # what `resize` uses
+    antialias: bool = True  # low-pass before shrinking (PIL); False is big_vision's plain resize
+    value_range: tuple[float, float] = (-1.0, 1.0)  # what 0 and 255 map to
+    text_length: Positive = 64  # contrastive: text tokens; generative: text slots after the image slots
+    lower: bool = True  # lower-case the text
+    eos: bool = True  # contrastive text ends in eos, kept when the text is cut
+    separator: str = '\n'  # between prompt and answer, tokenized on its own
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A SentencePiece model."""
+
+    path: str = ''  # '': train one from the training text of the stages
+    vocab_size: Positive = 384  # pieces of a trained one, before the location and segmentation tokens
+
+
+@dataclass(frozen=True)
+class ImageTower:
+    """A vision transformer. A size of 0 is the variant's own."""
+
+    variant: str = 'B/16'  # name/patch size
+    width: Count = 0
+    depth: Count = 0
+    mlp_dim: Count = 0
+    num_heads: Count = 0
+    pool: Literal['map', 'gap', 'tok', 'none'] = 'map'  # attention head, mean, class token, all patches
+    position: Literal['learn', 'sincos2d'] = 'learn'  # position embedding
+    dropout: Amount = 0.0
+
+
+@dataclass(frozen=True)
+class TextTower:
+    """The dual encoder's text transformer. A size of 0 is the variant's own."""
+
+    variant: str = 'B'
+    width: Count = 0
+    depth: Count = 0
+    mlp_dim: Count = 0
+    num_heads: Count = 0
+    pool: Literal['last', 'first', 'mean', 'max', 'map'] = 'last'  # over positions; 'last' is SigLIP's
+    mask: bool = False  # attend to and pool real tokens only; SigLIP attends to padding
+    embed_init: Amount = 0.0  # stddev of the token embedding's init; 0: 1/sqrt(width)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The Gemma decoder. A size of 0 is the variant's own."""
+
+    variant: str = 'gemma_2b'
+    width: Count = 0
+    depth: Count = 0
+    mlp_dim: Count = 0
+    num_heads: Count = 0
+    num_kv_heads: Count = 0
+    head_dim: Count = 0
+    final_softcap: Amount = 0.0  # tanh cap of the output logits; 0: none (Gemma 2: 30)
+    dropout: Amount = 0.0
+
+
+@dataclass(frozen=True)
+class Model:
+    """The network and its loss."""
+
+    image: ImageTower = ImageTower()
+    text: TextTower = TextTower()  # contrastive only
+    decoder: Decoder = Decoder()  # generative only
+    embed_dim: Count = 0  # contrastive: joint embedding width; 0: the image tower's
+    init_t: float = math.log(10.0)  # contrastive: log of the logit scale at init
+    init_b: float = -10.0  # contrastive: logit bias at init
+    loss: str = 'sigmoid'  # contrastive loss
+    loss_form: Literal['dense', 'ring'] = 'dense'  # whole matrix of pairs, or blocks that travel around the devices
+    average: Literal['example', 'token'] = 'example'  # generative loss: mean per example then batch, or over all tokens
+    dtype: Literal['float32', 'bfloat16'] = 'float32'  # of activations and matmuls; parameters are float32
+    remat: Literal['none', 'full'] = 'none'  # recompute each block in the backward pass
+    scan: bool = True  # one compiled block for all layers
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of the training mixture."""
+
+    dataset: str = 'digit_scenes/cells'  # TFDS name
+    split: str = 'train'
+    weight: Amount = 1.0  # relative rate in the mixture
+    pipeline: str = ''  # 'decode | resize(48) | ...'
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training data and how it is read."""
+
+    sources: dict[str, Source] = field(default_factory=dict)
+    data_dir: str = ''  # prepared datasets; '': ~/.cache/big_vlm
+    workers: Count = 0  # processes; 0: threads of this one
+    threads: Positive = 2  # decoding threads
+    prefetch: Positive = 2  # batches made ahead
+
+
+@dataclass(frozen=True)
+class ParamRule:
+    """What the optimizer does otherwise with the parameters that a regex matches."""
+
+    lr: Amount = 1.0  # multiplies the learning rate
+    decay: Amount | None = None  # multiplies the weight decay; None: 1 for weights, 0 for biases, norms, positions
+    frozen: bool = False  # never updated, and no optimizer memory
+    warmup: Duration = Duration()  # none: the optimizer's
+    schedule: Literal['', 'cosine', 'linear', 'constant', 'rsqrt'] = ''  # '': the optimizer's
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """The optimizer, its schedule, and exceptions by parameter."""
+
+    name: str = 'adamw'  # or 'adafactor'
+    lr: Amount = 1e-3  # peak
+    b1: Amount = 0.9  # adamw: decay of the first moment (adafactor keeps none)
+    b2: Amount = 0.99  # decay of the second moment (adafactor: its cap)
+    eps: Amount = 1e-8  # adamw
+    weight_decay: Amount = 0.0  # per step, times the learning rate
+    clip: Amount = 1.0  # global gradient norm; 0: no clipping
+    schedule: Literal['cosine', 'linear', 'constant', 'rsqrt'] = 'cosine'  # after the warmup, down to 0
+    warmup: Duration = Duration()  # linear, from 0
+    rules: tuple[tuple[str, ParamRule], ...] = ()  # (regex over the whole path, dict); the first match wins
+    ema_decay: Amount = 0.0  # moving average of the parameters, per step; 0: none is kept
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """When the whole state is saved. The end of a stage always is."""
+
+    every: Positive = 500  # steps
+    keep: Positive = 1  # newest checkpoints kept
+
+
+@dataclass(frozen=True)
+class Eval:
+    """One evaluation."""
+
+    kind: Literal['zero_shot', 'retrieval', 'generation']
+    dataset: str = 'digit_scenes/cells'
+    split: str = 'validation'
+    pipeline: str = ''
+    where: dict[str, Any] = field(default_factory=dict)  # only records whose fields have these values
+    examples: Count = 0  # the first so many; 0: all
+    batch_size: Count = 0  # 0: the stage's
+    every: Count = 0  # steps; 0: at the end only
+    label: str = 'label'  # record field of the truth: class name (zero_shot), text that groups (retrieval), answer
+    classes: tuple[str, ...] = ()  # zero_shot: the class names
+    templates: tuple[str, ...] = ('{}',)  # zero_shot: prompts, '{}' is the class name
+    metrics: tuple[str, ...] = ('exact_match',)  # generation
+    max_new_tokens: Positive = 32  # generation
+
+
+@dataclass(frozen=True)
+class InitFrom:
+    """Where the first weights come from. Both empty: random."""
+
+    stage: str = ''  # an earlier stage of this run
+    path: str = ''  # a bundle or a checkpoint
+    parts: dict[str, str] = field(default_factory=dict)  # our subtree: theirs; '' is the whole tree; {}: everything
+    resize_position: bool = True  # resize learned position embeddings to our resolution
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training stage, complete in itself."""
+
+    task: Literal['contrastive', 'generative']
+    total: Duration = Duration()  # how long; required
+    batch_size: Positive = 64  # global, examples
+    seed: Count = 0  # of the init, the data order and dropout
+    mesh: Mesh = Mesh()
+    contract: Contract = Contract()
+    tokenizer: Tokenizer = Tokenizer()
+    model: Model = Model()
+    data: Data = field(default_factory=Data)
+    optimizer: Optimizer = Optimizer()
+    checkpoint: Checkpoint = Checkpoint()
+    log_every: Positive = 50  # steps
+    evals: dict[str, Eval] = field(default_factory=dict)
+    init_from: InitFrom = field(default_factory=InitFrom)

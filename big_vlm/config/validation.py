@@ -1,0 +1,162 @@
+"""From nested dicts to checked dataclasses and back.
+
+Everything that the schema can know to be wrong is refused here, in one line that names the dotted key. Names that only
+a room knows (ops, variants, optimizers) are checked there, with `unknown`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from big_vlm.config.errors import UserError, unknown
+from big_vlm.config.schema import Duration, Stage
+
+
+def validate(config: Any) -> dict[str, Stage]:
+    """All stages of a run, in their order.
+
+    Args:
+      config: a ConfigDict or dict. With `stages` (a tuple of names) it holds one sub-config per name; sub-configs that
+        `stages` leaves out are checked too, but not returned. Without, it is one stage, called 'train'.
+
+    Raises:
+      UserError: an unknown key, a wrong type, a value out of range, a missing or doubled duration, a bad stage order.
+    """
+    raw = plain(config)
+    if not isinstance(raw, dict):
+        raise UserError(f'config: get_config must return a ConfigDict, not {type(config).__name__}')
+    if 'stages' not in raw:
+        return {'train': parse_stage(raw, 'config')}
+    names = _coerce(tuple[str, ...], raw['stages'], 'config.stages')
+    if not names or len(set(names)) != len(names):
+        raise UserError(f'config.stages: name every stage once, got {names!r}')
+    stages = {}
+    for name in [*names, *sorted(set(raw) - {'stages', *names})]:
+        if not re.fullmatch(r'\w+', name):
+            raise UserError(f'config.stages: {name!r} is no name for a folder: use letters, digits and _')
+        if not isinstance(raw.get(name), dict):
+            if name in names:
+                raise unknown('stage', name, [k for k in raw if isinstance(raw[k], dict)], 'config.stages')
+            raise unknown('key', name, ['stages', *names], 'config')
+        stage = parse_stage(raw[name], f'config.{name}')
+        source = stage.init_from.stage
+        if name in names and source and source not in names[: names.index(name)]:
+            raise unknown('earlier stage', source, names[: names.index(name)], f'config.{name}.init_from.stage')
+        stages[name] = stage
+    return {name: stages[name] for name in names}
+
+
+def parse_stage(config: Any, where: str = 'config') -> Stage:
+    """One checked stage from a dict, as `to_dict` wrote it. Raises UserError with keys that begin with `where`."""
+    stage = _coerce(Stage, plain(config), where)
+    if not stage.total.given():
+        raise UserError(f'{where}.total: say how long to train: one of steps, examples, epochs')
+    if stage.total.percent:
+        raise UserError(f'{where}.total.percent: a percentage of what? Give steps, examples or epochs')
+    if not stage.data.sources:
+        raise UserError(f'{where}.data.sources is empty: name at least one source')
+    if not any(source.weight for source in stage.data.sources.values()):
+        raise UserError(f'{where}.data.sources: every weight is 0')
+    if stage.contract.value_range[0] >= stage.contract.value_range[1]:
+        raise UserError(f'{where}.contract.value_range: must rise, got {stage.contract.value_range}')
+    if stage.init_from.stage and stage.init_from.path:
+        raise UserError(f'{where}.init_from: stage and path are both given; keep one')
+    for name in ('b1', 'b2', 'ema_decay'):
+        if getattr(stage.optimizer, name) >= 1:
+            raise UserError(f'{where}.optimizer.{name}: must be below 1, got {getattr(stage.optimizer, name)}')
+    for name, evaluation in stage.evals.items():
+        if evaluation.kind == 'zero_shot' and not (evaluation.classes and evaluation.templates):
+            raise UserError(f'{where}.evals.{name}: zero_shot needs classes and templates')
+        if evaluation.kind == 'generation' and not evaluation.metrics:
+            raise UserError(f'{where}.evals.{name}.metrics is empty: name at least one metric')
+    for pattern, _ in stage.optimizer.rules:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f'{where}.optimizer.rules: {pattern!r} is no regular expression: {error}') from None
+    return stage
+
+
+def to_dict(section: Any) -> dict[str, Any]:
+    """Plain dicts, lists and numbers of a section, or of `validate`'s result: ready for JSON, and for `validate`."""
+    if isinstance(section, Mapping):
+        return {'stages': list(section), **{name: to_dict(stage) for name, stage in section.items()}}
+    return plain(dataclasses.asdict(section))
+
+
+def plain(value: Any) -> Any:
+    """Plain dicts and lists of a ConfigDict or a dict, at any depth (a ConfigDict may hide inside a tuple)."""
+    if hasattr(value, 'items'):
+        value = value.to_dict() if hasattr(value, 'to_dict') else value
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def section_types(section: type) -> dict[str, Any]:
+    """Field name → annotated type of a section."""
+    return typing.get_type_hints(section, include_extras=True)
+
+
+def _coerce(kind: Any, value: Any, where: str) -> Any:
+    """`value` as the annotated type `kind`, or a UserError that names `where`."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind):
+        if isinstance(value, kind):
+            return value
+        return _section(kind, _want(dict, value, where, 'a section'), where)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _coerce(args[0], value, where)
+    if origin is Annotated:
+        number = _coerce(args[0], value, where)
+        if number < args[1]:
+            raise UserError(f'{where}: must be at least {args[1]}, got {value!r}')
+        return number
+    if origin is Literal:
+        if value not in args:
+            raise unknown('value', value, args, where)
+        return value
+    if origin is dict:
+        items = _want(dict, value, where, 'a dict').items()
+        return {str(key): _coerce(args[1], item, f'{where}.{key}') for key, item in items}
+    if origin is tuple:
+        items = _want((list, tuple), value, where, 'a tuple')
+        inner = [args[0]] * len(items) if args[-1] is Ellipsis else args
+        if len(items) != len(inner):
+            raise UserError(f'{where}: must have {len(inner)} entries, got {value!r}')
+        return tuple(_coerce(k, item, f'{where}[{i}]') for i, (k, item) in enumerate(zip(inner, items, strict=True)))
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise UserError(f'{where}: must be finite, got {value!r}')
+        return float(value)
+    if kind is int and isinstance(value, bool):
+        raise UserError(f'{where}: must be int, got {value!r}')
+    return _want(kind, value, where, kind.__name__)
+
+
+def _want(kind: Any, value: Any, where: str, what: str) -> Any:
+    if not isinstance(value, kind):
+        raise UserError(f'{where}: must be {what}, got {value!r}')
+    return value
+
+
+def _section(kind: type, value: dict[str, Any], where: str) -> Any:
+    hints = section_types(kind)
+    for key in value:
+        if key not in hints:
+            raise unknown('key', key, hints, where)
+    for f in dataclasses.fields(kind):
+        if f.name not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise UserError(f'{where}.{f.name} is missing')
+    section = kind(**{key: _coerce(hints[key], item, f'{where}.{key}') for key, item in value.items()})
+    if kind is Duration and len(section.given()) > 1:
+        both = ' and '.join(section.given())
+        raise UserError(f'{where}: {both} are both given; keep one and set the other to 0')
+    return section

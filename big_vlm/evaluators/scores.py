@@ -1,0 +1,83 @@
+"""What every evaluator returns: {name: {'score': float, 'chance': float, 'n': int}}, and how it is cut up and printed.
+
+`score` is a mean over `n` examples, `chance` what a model that sees no image (or guesses) would get for the same
+examples. Names of slices read 'accuracy/held_out=True': the metric, then field=value.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from big_vlm.config import UserError
+
+Scores = dict[str, dict[str, float | int]]
+
+
+def real_rows(batch: Mapping[str, Any], records: Sequence[dict]) -> list[tuple[int, dict]]:
+    """The rows of an evaluation batch that are not padding, each with its record.
+
+    Args:
+      batch: may hold `_mask` bool [B], False on padded rows; without it every row counts.
+      records: one per row, or one per real row in order.
+    """
+    if '_mask' not in batch:
+        return list(enumerate(records))
+    mask = np.asarray(batch['_mask'], bool)
+    rows = np.flatnonzero(mask).tolist()
+    if len(records) == len(mask):
+        return [(row, records[row]) for row in rows]
+    if len(records) != len(rows):
+        raise ValueError(f'{len(records)} records for a batch of {len(mask)} rows, {len(rows)} of them real')
+    return list(zip(rows, records, strict=True))
+
+
+def field(record: Mapping[str, Any], name: str) -> Any:
+    """A record's field as a plain Python value (bytes become text). UserError if it is not there."""
+    if name not in record:
+        raise UserError(f'the evaluation needs field {name!r}, but its records have {sorted(record)}')
+    value = record[name]
+    if isinstance(value, np.ndarray | np.generic) and value.ndim == 0:
+        value = value.item()
+    return value.decode('utf-8') if isinstance(value, bytes) else value
+
+
+def score(values: Sequence[float], chance: Sequence[float] | float) -> dict[str, float | int]:
+    """Mean of values [N] beside the mean of their chance levels ([N] or one number). UserError if N is 0."""
+    if not len(values):
+        raise UserError('nothing to evaluate: no example passed the `where` of the pipeline (or the split is empty)')
+    return {'score': float(np.mean(values)), 'chance': float(np.mean(chance)), 'n': len(values)}
+
+
+def sliced(
+    name: str,
+    records: Sequence[dict],
+    slices: Sequence[str],
+    measure: Callable[[np.ndarray], dict[str, float | int]],
+) -> Scores:
+    """A score over all examples, then one for every value of every slice field.
+
+    Args:
+      name: the metric's name.
+      records: N records, one per example.
+      slices: record fields to cut by, one at a time.
+      measure: indices int [n] into the examples -> their score. Chance is worked out anew on each slice, so it is the
+        bar for that slice alone.
+    """
+    scores = {name: measure(np.arange(len(records)))}
+    for key in slices:
+        values = [field(record, key) for record in records]
+        for value in sorted(set(values), key=str):
+            indices = np.array([i for i, other in enumerate(values) if other == value])
+            scores[f'{name}/{key}={value}'] = measure(indices)
+    return scores
+
+
+def print_scores(title: str, scores: Scores) -> None:
+    """One line per score on standard output, chance beside it."""
+    width = max(map(len, scores), default=0)
+    for name, entry in scores.items():
+        print(
+            f'{title}  {name:<{width}}  {entry["score"]:.4f}  (chance {entry["chance"]:.4f}, n={entry["n"]})',
+            flush=True,
+        )

@@ -1,0 +1,221 @@
+"""Where a run's numbers go: a progress line, a CSV file, TensorBoard, or several of them.
+
+Every writer has three methods. `write(step, values)` takes the numbers of one step; `rewind(step)` says that the run
+starts again after `step`, so what was written for later steps no longer counts; `close()` ends it. A run that was
+cut off and goes on leaves the same record as one that was not.
+"""
+
+import csv
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Protocol
+
+STEP = 'step'
+
+
+class Writer(Protocol):
+    """What all writers offer."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def rewind(self, step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MultiWriter:
+    """Passes everything on to several writers, in order."""
+
+    def __init__(self, *writers: Writer):
+        self.writers = writers
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for writer in self.writers:
+            writer.write(step, values)
+
+    def rewind(self, step: int) -> None:
+        for writer in self.writers:
+            writer.rewind(step)
+
+    def close(self) -> None:
+        for writer in self.writers:
+            writer.close()
+
+
+class CsvWriter:
+    """One row per call, first column `step`; a cell is empty where a row has no such value.
+
+    Columns may grow: a new name adds a column at the end and the file is rewritten. A file that is there already is
+    continued, without the last line if the run died in the middle of it. Rewriting goes through a second file that is
+    moved into place, so a crash leaves either the old table or the new one.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._columns, rows = _read_table(self.path)
+        self._file: IO[str] | None = None
+        if self._columns:
+            self._rewrite(rows)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        if new := [name for name in values if name not in self._columns]:
+            columns, rows = _read_table(self.path)
+            self._columns = [*(columns or [STEP]), *new]
+            self._rewrite(rows)
+        if self._file is None:
+            self._file = self.path.open('a', newline='', encoding='utf-8')
+        row = {STEP: int(step), **{name: repr(float(value)) for name, value in values.items()}}
+        csv.DictWriter(self._file, self._columns, lineterminator='\n').writerow(row)
+        self._file.flush()
+
+    def rewind(self, step: int) -> None:
+        _, rows = _read_table(self.path)
+        if self._columns:
+            self._rewrite([row for row in rows if int(row[STEP]) <= step])
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _rewrite(self, rows: Sequence[Mapping[str, str]]) -> None:
+        self.close()
+        part = self.path.with_name(self.path.name + '.part')
+        with part.open('w', newline='', encoding='utf-8') as file:
+            table = csv.DictWriter(file, self._columns, lineterminator='\n')
+            table.writeheader()
+            table.writerows(rows)
+        os.replace(part, self.path)
+
+
+def read_csv(path: str | os.PathLike) -> dict[str, list[tuple[int, float]]]:
+    """A CsvWriter's file as {column: [(step, value), …]}, without the empty cells. An absent file is an empty dict."""
+    columns, rows = _read_table(Path(path))
+    return {name: [(int(row[STEP]), float(row[name])) for row in rows if row[name]] for name in columns if name != STEP}
+
+
+def _read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Column names and rows, without a last line that was cut off."""
+    if not path.exists():
+        return [], []
+    lines = path.read_text(encoding='utf-8').splitlines(keepends=True)
+    if lines and not lines[-1].endswith('\n'):
+        lines.pop()
+    table = csv.DictReader(lines)
+    rows = [{name: row[name] or '' for name in table.fieldnames or ()} for row in table]
+    return list(table.fieldnames or ()), rows
+
+
+class TensorBoardWriter:
+    """Scalars as TensorBoard event files in `logdir`. No file appears before the first value."""
+
+    def __init__(self, logdir: str | os.PathLike):
+        self.logdir = Path(logdir)
+        self._writer = None
+        self._purge_step: int | None = None
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        if self._writer is None:
+            self._writer = self._open()
+        for name, value in values.items():
+            self._writer.add_scalar(name, float(value), int(step))
+
+    def rewind(self, step: int) -> None:
+        # A new event file that says "forget everything from here on": TensorBoard never edits an old one.
+        self.close()
+        self._purge_step = step + 1
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _open(self):
+        import tensorboardX  # Only runs that log to TensorBoard load it.
+
+        # The library names files by the second: a quick restart would append to, or hide behind, the file before.
+        number = next(n for n in itertools.count() if not any(self.logdir.glob(f'*.run{n}')))
+        return tensorboardX.SummaryWriter(
+            str(self.logdir), purge_step=self._purge_step, filename_suffix=f'.run{number}', flush_secs=10
+        )
+
+
+class ProgressWriter:
+    """How far a run is and when it will end.
+
+    On a terminal one bar that redraws itself; elsewhere (a log file, a batch system) one short line per call. The time
+    left comes from the steps of this process alone, and from the first `write` on, so that neither the steps before a
+    restart nor the compilation of the first step distort it.
+
+    Args:
+      total_steps: where the run ends.
+      name: what the line begins with, the stage's name.
+      show: value names to show, in this order, where a call has them.
+      stream: default standard error.
+      clock: seconds that only go forward.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        name: str = 'train',
+        show: Sequence[str] = ('loss',),
+        stream: IO[str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.total_steps, self.name, self.show = total_steps, name, tuple(show)
+        self._stream = sys.stderr if stream is None else stream
+        self._clock = clock
+        self._anchor: tuple[int, float] | None = None
+        self._bar = None
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        now = self._clock()
+        if self._anchor is None:
+            self._anchor = (step, now)
+        shown = [f'{name} {values[name]:.4g}' for name in self.show if name in values]
+        shown.append(f'{self._remaining(step, now)} left')
+        if not self._stream.isatty():
+            share = 100 * step / max(self.total_steps, 1)
+            print(
+                f'{self.name} {step}/{self.total_steps} ({share:.0f}%)  ' + '  '.join(shown),
+                file=self._stream,
+                flush=True,
+            )
+            return
+        if self._bar is None:
+            import tqdm  # Only a terminal needs it.
+
+            form = '{desc} {bar} {n_fmt}/{total_fmt}  {postfix}'
+            self._bar = tqdm.tqdm(
+                total=self.total_steps,
+                initial=step,
+                desc=self.name,
+                file=self._stream,
+                bar_format=form,
+                dynamic_ncols=True,
+            )
+        self._bar.n = step
+        self._bar.set_postfix_str('  '.join(shown), refresh=True)
+
+    def rewind(self, step: int) -> None:
+        self._anchor = None
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _remaining(self, step: int, now: float) -> str:
+        first, started = self._anchor or (step, now)
+        if step <= first:
+            return '?'
+        seconds = round((now - started) / (step - first) * max(self.total_steps - step, 0))
+        minutes, seconds = divmod(seconds, 60)
+        hours, minutes = divmod(minutes, 60)
+        return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'

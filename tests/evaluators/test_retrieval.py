@@ -1,0 +1,65 @@
+"""Retrieval over a handful of scenes whose similarities are written down."""
+
+import numpy as np
+import pytest
+
+from big_vlm.config import UserError
+from big_vlm.evaluators import retrieval
+
+VECTORS = dict(zip('abcd', np.eye(4), strict=True))
+
+
+def embed_text(texts):
+    return np.array([VECTORS[text] for text in texts])
+
+
+def batches(*captions_per_batch):
+    """The image of a caption is its vector, but for 'd', whose image looks like 'a'."""
+    for captions in captions_per_batch:
+        image = np.array([VECTORS[c] + (10 * VECTORS['a'] if c == 'd' else 0) for c in captions])
+        yield {'image': image, '_mask': np.ones(len(captions), bool)}, [{'caption': c} for c in captions]
+
+
+def run(found, **options):
+    return retrieval.run(lambda batch: batch['image'], embed_text, found, **options)
+
+
+def test_both_directions(capsys):
+    scores = run(batches('ab', 'cd'), ks=(1, 2, 10))
+    # Image 'd' is nearest to caption 'a', then its own. Caption 'a' is nearest to image 'd'.
+    assert scores == {
+        'image_to_text/R@1': {'score': 0.75, 'chance': 0.25, 'n': 4},
+        'image_to_text/R@2': {'score': 1.0, 'chance': 0.5, 'n': 4},
+        'text_to_image/R@1': {'score': 0.75, 'chance': 0.25, 'n': 4},
+        'text_to_image/R@2': {'score': 1.0, 'chance': 0.5, 'n': 4},
+    }
+    assert capsys.readouterr().out.count('chance 0.2500, n=4') == 2
+
+
+def test_takes_the_first_distinct_captions_and_stops_reading():
+    def endless():
+        yield from batches('aab', 'bca')
+        raise AssertionError('read on after enough examples')
+
+    scores = run(endless(), examples=3, ks=(1,))
+    assert scores['image_to_text/R@1'] == {'score': 1.0, 'chance': pytest.approx(1 / 3), 'n': 3}
+
+
+def test_copies_of_a_caption_are_all_right():
+    scores = run(batches('aab'), distinct=False, ks=(1,))
+    assert scores['image_to_text/R@1'] == {'score': 1.0, 'chance': 0.5, 'n': 3}
+    # Caption 'a' may find either of its two images among three, 'b' only one.
+    assert scores['text_to_image/R@1'] == {'score': 1.0, 'chance': pytest.approx((2 / 3 + 1 / 3) / 2), 'n': 2}
+
+
+def test_padding_does_not_count():
+    batch, records = next(batches('abc'))
+    batch['_mask'] = np.array([True, False, True])
+    assert run([(batch, records)], ks=(1,))['text_to_image/R@1']['n'] == 2
+
+
+def test_nothing_to_evaluate():
+    with pytest.raises(UserError, match='nothing to evaluate'):
+        run([])
+    with pytest.raises(UserError, match="needs field 'text'"):
+        run(batches('ab'), text_field='text')

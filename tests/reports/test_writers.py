@@ -1,0 +1,148 @@
+"""The record of a run that was cut off and went on must read like that of one that was not."""
+
+import io
+import math
+
+import pytest
+
+from big_vlm.reports import writers
+
+
+def test_csv_rows(tmp_path):
+    writer = writers.CsvWriter(tmp_path / 'stage' / 'metrics.csv')
+    writer.write(50, {'loss': 2.5, 'lr': 1e-3})
+    writer.write(100, {'loss': 0.1 + 0.2, 'lr': 5e-4})
+    writer.close()
+    lines = (tmp_path / 'stage' / 'metrics.csv').read_text().splitlines()
+    assert lines == ['step,loss,lr', '50,2.5,0.001', '100,0.30000000000000004,0.0005']
+    assert writers.read_csv(writer.path)['loss'] == [(50, 2.5), (100, 0.1 + 0.2)]  # Every bit comes back.
+    assert writers.read_csv(tmp_path / 'absent.csv') == {}
+
+
+def test_csv_columns_grow(tmp_path):
+    writer = writers.CsvWriter(tmp_path / 'm.csv')
+    writer.write(1, {'loss': 2.0})
+    writer.write(2, {'loss': 1.0, 'val, "R@1"': 0.5})
+    writer.write(3, {'lr': 0.25})
+    writer.write(4, {'loss': math.nan})
+    table = writers.read_csv(writer.path)
+    assert list(table) == ['loss', 'val, "R@1"', 'lr']
+    assert table['loss'][:2] == [(1, 2.0), (2, 1.0)] and math.isnan(table['loss'][2][1])
+    assert table['val, "R@1"'] == [(2, 0.5)] and table['lr'] == [(3, 0.25)]
+    assert [p.name for p in tmp_path.iterdir()] == ['m.csv']  # No half-written file is left.
+
+
+def test_csv_goes_on_after_a_restart_as_if_nothing_had_happened(tmp_path):
+    whole = writers.CsvWriter(tmp_path / 'whole.csv')
+    for step in (10, 20, 30, 40):
+        whole.write(step, {'loss': 1 / step})
+
+    first = writers.CsvWriter(tmp_path / 'cut.csv')
+    for step in (10, 20, 30):
+        first.write(step, {'loss': 1 / step})
+    with first.path.open('a') as file:
+        file.write('40,0.0')  # The run died while it wrote this line.
+    second = writers.CsvWriter(first.path)
+    second.rewind(20)
+    for step in (30, 40):
+        second.write(step, {'loss': 1 / step})
+    assert first.path.read_bytes() == whole.path.read_bytes()
+
+
+def test_csv_rewind_before_anything(tmp_path):
+    writer = writers.CsvWriter(tmp_path / 'm.csv')
+    writer.rewind(0)
+    assert not writer.path.exists()
+    writer.write(5, {'loss': 1.0})
+    writer.rewind(0)
+    assert writer.path.read_text() == 'step,loss\n'
+
+
+def read_events(logdir):
+    """(step, tag, value) and purge steps in the order of the files, as TensorBoard reads them."""
+    import struct
+
+    from tensorboardX.proto.event_pb2 import Event
+
+    events = []
+    for path in sorted(logdir.iterdir()):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack('<Q', data[at : at + 8])
+            event = Event.FromString(data[at + 12 : at + 12 + length])
+            at += length + 16
+            if event.HasField('session_log'):
+                events.append(('purge', event.step))
+            events += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+    return events
+
+
+def test_tensorboard_purges_what_a_restart_repeats(tmp_path):
+    writer = writers.TensorBoardWriter(tmp_path / 'tb')
+    assert not (tmp_path / 'tb').exists()
+    writer.write(10, {'loss': 2.0})
+    writer.write(20, {'loss': 1.0})
+    writer.close()
+    again = writers.TensorBoardWriter(tmp_path / 'tb')  # Within the same second.
+    again.rewind(10)
+    again.write(20, {'loss': 0.5})
+    again.close()
+    assert read_events(tmp_path / 'tb') == [(10, 'loss', 2.0), (20, 'loss', 1.0), ('purge', 11), (20, 'loss', 0.5)]
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_off_a_terminal_is_one_short_line_per_call():
+    stream, clock = io.StringIO(), Clock()
+    writer = writers.ProgressWriter(400, 'pretrain', ('loss', 'acc'), stream, clock)
+    writer.write(100, {'loss': 2.34567, 'lr': 1.0})
+    clock.now += 50
+    writer.write(150, {'loss': 1.0, 'acc': 0.5})
+    writer.close()
+    assert stream.getvalue().splitlines() == [
+        'pretrain 100/400 (25%)  loss 2.346  ? left',
+        'pretrain 150/400 (38%)  loss 1  acc 0.5  4:10 left',  # 250 steps at one a second.
+    ]
+
+
+def test_progress_time_left_counts_this_process_only():
+    stream, clock = io.StringIO(), Clock()
+    writer = writers.ProgressWriter(10_000, 'train', (), stream, clock)
+    writer.rewind(9_000)
+    clock.now += 30  # Compilation.
+    writer.write(9_001, {})
+    clock.now += 20
+    writer.write(9_011, {})  # 2 s a step: 989 steps left. Counted from step 0 it would be a few seconds.
+    assert stream.getvalue().splitlines()[-1].endswith('32:58 left')
+
+
+@pytest.mark.filterwarnings('error')
+def test_progress_on_a_terminal():
+    stream, clock = Terminal(), Clock()
+    writer = writers.ProgressWriter(8_000, 'train', ('loss',), stream, clock)
+    writer.write(4_000, {'loss': 0.5})
+    clock.now += 1
+    writer.write(4_001, {'loss': 0.25})
+    writer.close()
+    last = stream.getvalue().rstrip().split('\r')[-1]
+    assert last.startswith('train') and '4001/8000' in last and 'loss 0.25' in last and '1:06:39 left' in last
+
+
+def test_multi_writer_passes_all_on(tmp_path):
+    a, b = writers.CsvWriter(tmp_path / 'a.csv'), writers.CsvWriter(tmp_path / 'b.csv')
+    both = writers.MultiWriter(a, b)
+    both.write(1, {'loss': 1.0})
+    both.write(2, {'loss': 0.5})
+    both.rewind(1)
+    both.close()
+    assert a.path.read_text() == b.path.read_text() == 'step,loss\n1,1.0\n'

@@ -1,0 +1,261 @@
+"""The sigmoid loss: dense, ring and a float64 transcription of algorithm 1 agree in value and in all four gradients."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from big_vlm.config import UserError
+from big_vlm.ops.contrastive import sigmoid_loss, softmax_loss
+
+MESHES = [(8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 1, 1)]
+INITIAL = (np.log(10.0), -10.0)
+LEARNED = (np.log(117.0), -80.0)
+
+
+def make_mesh(sizes):
+    devices = jax.devices()[: int(np.prod(sizes))]
+    return jax.make_mesh(sizes, ('data', 'fsdp', 'model'), axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def unit(rng, *shape):
+    x = rng.normal(size=shape)
+    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def oracle(zimg, ztxt, t, b):
+    """Loss and gradients by zimg, ztxt, t, b, in float64."""
+    x, y, t, b = (np.asarray(a, np.float64) for a in (zimg, ztxt, t, b))
+    cosine = x @ y.T
+    label = 2 * np.eye(len(x)) - 1
+    z = label * (cosine * np.exp(t) + b)
+    loss = np.logaddexp(0, -z).sum() / len(x)
+    weight = -label * np.exp(-np.logaddexp(0, z)) / len(x)
+    scaled = weight * np.exp(t)
+    return loss, (scaled @ y, scaled.T @ x, (scaled * cosine).sum(), weight.sum())
+
+
+def value_and_grads(zimg, ztxt, t, b, **kwargs):
+    args = [jnp.asarray(a) if hasattr(a, 'dtype') and a.ndim else jnp.float32(a) for a in (zimg, ztxt, t, b)]
+    return jax.jit(jax.value_and_grad(lambda *a: sigmoid_loss(*a, **kwargs), argnums=(0, 1, 2, 3)))(*args)
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    """Norm-wise: one relative error for the value and one for each gradient."""
+    names = ('loss', 'zimg', 'ztxt', 't', 'b')
+    for name, a, e in zip(names, (actual[0], *actual[1]), (expected[0], *expected[1]), strict=True):
+        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        assert a.shape == e.shape, name
+        error = np.linalg.norm(a - e) / np.linalg.norm(e)
+        assert error <= tolerance, f'{name}: relative error {error:.2e}'
+
+
+def test_two_pairs_by_hand():
+    # Cosines 1 on the diagonal and 0 elsewhere, scale 2, bias −1: positives have logit 1, negatives −1.
+    z = np.eye(2, dtype=np.float32)
+    expected = 2 * np.log1p(np.exp(-1.0))  # each row: one positive and one negative, both log(1 + e^−1)
+    for kwargs in (dict(form='dense'), dict(form='ring', mesh=make_mesh((2, 1, 1)))):
+        loss, (dimg, _, dt, db) = value_and_grads(z, z, np.log(2.0), -1.0, **kwargs)
+        np.testing.assert_allclose(loss, expected, rtol=1e-6)
+        wrong = 1 / (1 + np.exp(1.0))  # the probability that each pair is misjudged
+        np.testing.assert_allclose(dimg, wrong * np.array([[-1, 1], [1, -1]]), rtol=1e-6)
+        np.testing.assert_allclose(dt, -2 * wrong, rtol=1e-6)
+        np.testing.assert_allclose(db, 0, atol=1e-7)
+
+
+@pytest.mark.parametrize('sizes', MESHES, ids=str)
+@pytest.mark.parametrize('t, b', [INITIAL, LEARNED], ids=['initial', 'learned'])
+def test_ring_equals_dense_equals_float64(sizes, t, b):
+    rng = np.random.default_rng(0)
+    zimg, ztxt = unit(rng, 24, 40), unit(rng, 24, 40)
+    t, b = np.float32(t), np.float32(b)
+    expected = oracle(zimg, ztxt, t, b)
+    dense = value_and_grads(zimg, ztxt, t, b, form='dense')
+    ring = value_and_grads(zimg, ztxt, t, b, form='ring', mesh=make_mesh(sizes))
+    assert_close(dense, expected)
+    assert_close(ring, expected)
+    assert_close(ring, dense)
+
+
+@pytest.mark.parametrize('sizes', MESHES, ids=str)
+def test_value_without_gradients(sizes):
+    rng = np.random.default_rng(1)
+    args = unit(rng, 16, 8), unit(rng, 16, 8), np.float32(2.0), np.float32(-3.0)
+    loss = jax.jit(lambda *a: sigmoid_loss(*a, form='ring', mesh=make_mesh(sizes)))(*args)
+    np.testing.assert_allclose(loss, oracle(*args)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize('sizes', MESHES, ids=str)
+def test_saturated_positives(sizes):
+    """A learned model: positives at logit ≈ 36, so the loss is ≈ 1e-16 beside a softplus of 36 a pair."""
+    rng = np.random.default_rng(2)
+    zimg = unit(rng, 16, 256)
+    ztxt = zimg + 0.004 * rng.normal(size=zimg.shape)
+    ztxt = (ztxt / np.linalg.norm(ztxt, axis=1, keepdims=True)).astype(np.float32)
+    t, b = (np.float32(x) for x in LEARNED)
+    expected = oracle(zimg, ztxt, t, b)
+    assert 0 < expected[0] < 1e-14
+    # The scale 117 alone turns one float32 rounding of a cosine into 7e-6 of the loss: hence not 1e-5.
+    for kwargs in (dict(form='dense'), dict(form='ring', mesh=make_mesh(sizes))):
+        assert_close(value_and_grads(zimg, ztxt, t, b, **kwargs), expected, tolerance=2e-5)
+
+
+@pytest.mark.parametrize('form', ['dense', 'ring'])
+@pytest.mark.parametrize('t, b', [(np.log(1e4), 0.0), (0.0, 1e4), (0.0, -1e4)])
+def test_logits_of_ten_thousand_are_finite(form, t, b):
+    z = np.tile(np.array([[1, 0], [-1, 0]], np.float32), (4, 1))
+    actual = value_and_grads(z, z[::-1].copy(), t, b, form=form, mesh=make_mesh((8, 1, 1)))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(actual))
+    expected = oracle(z, z[::-1], np.float32(t), np.float32(b))
+    for a, e in zip((actual[0], *actual[1]), (expected[0], *expected[1]), strict=True):
+        np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize('form', ['dense', 'ring'])
+def test_batch_of_one(form):
+    rng = np.random.default_rng(3)
+    args = unit(rng, 1, 8), unit(rng, 1, 8), np.float32(1.0), np.float32(-2.0)
+    assert_close(value_and_grads(*args, form=form, mesh=make_mesh((1, 1, 1))), oracle(*args))
+
+
+@pytest.mark.parametrize('sizes', [(8, 1, 1), (2, 2, 2)], ids=str)
+def test_one_pair_per_device(sizes):
+    rng = np.random.default_rng(4)
+    batch = sizes[0] * sizes[1]
+    args = unit(rng, batch, 8), unit(rng, batch, 8), np.float32(1.0), np.float32(-2.0)
+    assert_close(value_and_grads(*args, form='ring', mesh=make_mesh(sizes)), oracle(*args))
+
+
+@pytest.mark.parametrize('form', ['dense', 'ring'])
+def test_all_embeddings_equal(form):
+    rng = np.random.default_rng(5)
+    z = np.tile(unit(rng, 1, 8), (16, 1))
+    args = z, z, *(np.float32(x) for x in INITIAL)
+    assert_close(value_and_grads(*args, form=form, mesh=make_mesh((4, 2, 1))), oracle(*args))
+
+
+@pytest.mark.parametrize('sizes', [(4, 2, 1), (2, 2, 2)], ids=str)
+def test_bfloat16_embeddings(sizes):
+    """The value is as exact as in float32; gradients are rounded to bfloat16 (8 bits) on their way out."""
+    rng = np.random.default_rng(6)
+    zimg, ztxt = (jnp.asarray(unit(rng, 32, 64), jnp.bfloat16) for _ in range(2))
+    t, b = (np.float32(x) for x in INITIAL)
+    expected = oracle(zimg.astype(jnp.float32), ztxt.astype(jnp.float32), t, b)
+    actual = value_and_grads(zimg, ztxt, t, b, form='ring', mesh=make_mesh(sizes))
+    assert actual[0].dtype == jnp.float32 and actual[1][0].dtype == jnp.bfloat16
+    np.testing.assert_allclose(actual[0], expected[0], rtol=1e-5)
+    assert_close(actual, expected, tolerance=2**-8)
+
+
+def test_backward_scales_by_the_cotangent_and_parameters_of_shape_one():
+    rng = np.random.default_rng(7)
+    zimg, ztxt = unit(rng, 8, 8), unit(rng, 8, 8)
+    t, b = np.array([1.5], np.float32), np.array([-4.0], np.float32)
+    expected_loss, (dimg, dtxt, dt, db) = oracle(zimg, ztxt, t[0], b[0])
+
+    def loss(*args):
+        return 3 * sigmoid_loss(*args, form='ring', mesh=make_mesh((8, 1, 1))) ** 2
+
+    actual = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))(zimg, ztxt, t, b)
+    chain = 6 * expected_loss
+    expected = 3 * expected_loss**2, (chain * dimg, chain * dtxt, chain * dt[None], chain * db[None])
+    assert_close(actual, expected)
+
+
+@pytest.mark.parametrize('sizes', [(8, 1, 1), (2, 2, 2)], ids=str)
+def test_inside_a_sharded_training_step(sizes):
+    """Auto mesh from the context, jit with shardings, gradients through a linear layer before the loss."""
+    mesh = make_mesh(sizes)
+    rng = np.random.default_rng(8)
+    image, text = rng.normal(size=(16, 6)).astype(np.float32), rng.normal(size=(16, 5)).astype(np.float32)
+    params = dict(
+        img=rng.normal(size=(6, 8)).astype(np.float32),
+        txt=rng.normal(size=(5, 8)).astype(np.float32),
+        t=np.float32(INITIAL[0]),
+        b=np.float32(INITIAL[1]),
+    )
+
+    def loss(params, image, text, form):
+        zimg, ztxt = image @ params['img'], text @ params['txt']
+        zimg, ztxt = (z / (jnp.linalg.norm(z, axis=1, keepdims=True) + 1e-8) for z in (zimg, ztxt))
+        return sigmoid_loss(zimg, ztxt, params['t'], params['b'], form=form)
+
+    expected = jax.value_and_grad(loss)(params, image, text, 'dense')
+    batch, whole = NamedSharding(mesh, P(('data', 'fsdp'))), NamedSharding(mesh, P())
+    with jax.set_mesh(mesh):
+        step = jax.jit(
+            lambda p, i, t: jax.value_and_grad(loss)(p, i, t, 'ring'),
+            in_shardings=(whole, batch, batch),
+            out_shardings=whole,
+        )
+        actual = step(params, image, text)
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=2e-5, atol=1e-6), actual, expected)
+
+
+def compiled_step(batch, form, mesh):
+    spec = NamedSharding(mesh, P(('data', 'fsdp')))
+    z = jax.ShapeDtypeStruct((batch, 16), jnp.float32, sharding=spec)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    step = jax.value_and_grad(lambda *a: sigmoid_loss(*a, form=form, mesh=mesh), argnums=(0, 1, 2, 3))
+    return jax.jit(step).lower(z, z, scalar, scalar).compile()
+
+
+def test_no_device_holds_a_full_row_of_the_logits():
+    mesh, batch = make_mesh((4, 2, 1)), 512
+
+    def shapes(form):
+        text = compiled_step(batch, form, mesh).as_text()
+        return {tuple(map(int, s.split(','))) for s in re.findall(r'\w+\[(\d+(?:,\d+)*)\]', text)}
+
+    # That the search finds what it seeks: under jit, the dense form's rows are 512 wide.
+    assert any(batch in s and np.prod(s) >= batch * batch // 8 for s in shapes('dense'))
+    ring = shapes('ring')
+    assert (batch // 8, batch // 8) in ring
+    assert max(np.prod(s) for s in ring) <= (batch // 8) ** 2
+
+
+def test_memory_per_device_falls_with_the_square_of_the_ring():
+    mesh = make_mesh((8, 1, 1))
+    dense, ring = (compiled_step(1024, form, mesh).memory_analysis().temp_size_in_bytes for form in ('dense', 'ring'))
+    block = (1024 // 8) ** 2 * 4
+    assert ring < 4 * block < dense
+
+
+def test_hops_are_counted():
+    """One loop of permutes and no other exchange of embeddings: nothing is gathered."""
+    text = compiled_step(64, 'ring', make_mesh((8, 1, 1))).as_text()
+    assert 'collective-permute' in text
+    assert 'all-gather' not in text and 'all-to-all' not in text
+
+
+def test_errors_name_the_fix():
+    z = np.ones((12, 4), np.float32)
+    mesh = make_mesh((8, 1, 1))
+    with pytest.raises(UserError, match='batch of 12 does not divide over the 8 devices.*multiple of 8'):
+        sigmoid_loss(z, z, 0.0, 0.0, form='ring', mesh=mesh)
+    with pytest.raises(UserError, match='width 4, text embeddings 5'):
+        sigmoid_loss(z, np.ones((12, 5), np.float32), 0.0, 0.0)
+    with pytest.raises(UserError, match='same batch'):
+        sigmoid_loss(z, np.ones((11, 4), np.float32), 0.0, 0.0)
+    with pytest.raises(UserError, match="did you mean 'ring'"):
+        sigmoid_loss(z, z, 0.0, 0.0, form='rign')
+    with pytest.raises(UserError, match='needs a mesh'):
+        sigmoid_loss(z, z, 0.0, 0.0, form='ring')
+    with pytest.raises(UserError, match='fsdp'):
+        sigmoid_loss(z, z, 0.0, 0.0, form='ring', mesh=mesh, axes=('data', 'fsd'))
+
+
+def test_softmax_loss_against_float64():
+    rng = np.random.default_rng(9)
+    zimg, ztxt = unit(rng, 12, 8), unit(rng, 12, 8)
+    for t in (np.log(10.0), np.log(1e4)):
+        logits = zimg.astype(np.float64) @ ztxt.T.astype(np.float64) * np.exp(np.float64(np.float32(t)))
+        rows, columns = np.logaddexp.reduce(logits, axis=1), np.logaddexp.reduce(logits, axis=0)
+        expected = np.mean((rows + columns) / 2 - np.diag(logits))
+        loss, grad = jax.value_and_grad(softmax_loss)(zimg, ztxt, jnp.float32(t))
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+        assert np.isfinite(grad).all()

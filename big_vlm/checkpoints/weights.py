@@ -1,0 +1,101 @@
+"""Weights alone, by name: what a bundle holds and what another stage starts from."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from big_vlm.checkpoints import trees
+from big_vlm.config import UserError, unknown
+
+_MARK = '_METADATA'  # Orbax writes it into every folder of arrays
+
+
+def save_weights(directory: str | pathlib.Path, params: Any) -> None:
+    """Writes a pytree of arrays as nested dicts, atomically; returns when it is on disk.
+
+    Weights that were there are replaced. Raises UserError if `directory` holds anything else.
+    """
+    directory = pathlib.Path(directory).resolve()
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(directory, trees.nested(trees.flat(params)), force=True)
+        checkpointer.wait_until_finished()
+
+
+def weight_shapes(directory: str | pathlib.Path, part: str = '') -> Any:
+    """What `directory` holds, as nested dicts of jax.ShapeDtypeStruct without shardings; see `load_weights`."""
+    return trees.nested(_find(directory, part).leaves)
+
+
+def load_weights(directory: str | pathlib.Path, like: Any = None, part: str = '') -> Any:
+    """Reads weights that `save_weights` wrote, or the parameters of a training checkpoint.
+
+    Args:
+      directory: a weights folder, a bundle, a training checkpoint DIR/STEP, or DIR for its newest step.
+      like: pytree of jax.ShapeDtypeStruct; leaves with a sharding become jax.Arrays placed so, others numpy arrays.
+        Leaves are cast to its dtypes; more may be stored than it names. None: all of it, as numpy arrays.
+      part: the subtree to read, '/'-joined, such as 'img'; '' is everything. `like` describes the subtree.
+
+    Returns:
+      Arrays in the containers of `like`, or in nested dicts.
+
+    Raises:
+      UserError: no such folder, a folder of something else, no such part, leaves missing or of other shapes.
+    """
+    found = _find(directory, part)
+    wanted = found.leaves if like is None else trees.flat(like)
+    where = f'weights {directory}' + (f' (part {part})' if part else '')
+    trees.check_same(wanted, found.leaves, where, partial=True)
+    args = {}
+    for key, leaf in wanted.items():
+        if leaf.sharding is not None:
+            args[found.prefix + key] = ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype)
+        else:
+            args[found.prefix + key] = ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+    item = trees.nested({found.prefix + key: leaf for key, leaf in wanted.items()})
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            restored = checkpointer.restore(
+                found.folder,
+                args=ocp.args.PyTreeRestore(item, restore_args=trees.nested(args), partial_restore=True),
+            )
+    except (ValueError, OSError) as error:
+        raise UserError(f'{where}: damaged: {trees.one_line(error)}') from error
+    leaves = {key.removeprefix(found.prefix): leaf for key, leaf in trees.flat(restored).items()}
+    return trees.nested(leaves) if like is None else trees.like(like, leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    folder: pathlib.Path
+    prefix: str  # of the wanted leaves inside the folder: '' or '…/'
+    leaves: Mapping[str, jax.ShapeDtypeStruct]  # path below the prefix → shape, dtype
+
+
+def _find(directory: str | pathlib.Path, part: str) -> _Found:
+    path = pathlib.Path(directory).resolve()
+    if not path.is_dir():
+        raise UserError(f'no folder {directory}: weights are read from a bundle, a weights folder or a checkpoint')
+    steps = sorted((int(f.name) for f in path.iterdir() if f.name.isdecimal()), reverse=True)
+    inside = [(path, ''), (path / 'weights', ''), (path / 'state', 'params/')]
+    inside += [(path / str(step) / 'state', 'params/') for step in steps[:1]]
+    found = [(folder, prefix) for folder, prefix in inside if (folder / _MARK).is_file()]
+    if not found:
+        raise UserError(f'{directory} is not a bundle, a weights folder or a checkpoint: nothing in it can be read')
+    folder, prefix = found[0]
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored = trees.flat(checkpointer.metadata(folder).item_metadata.tree)
+    stored = {key.removeprefix(prefix): leaf for key, leaf in stored.items() if key.startswith(prefix)}
+    below = f'{part}/' if part else ''
+    leaves = {
+        key.removeprefix(below): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for key, leaf in stored.items()
+        if key.startswith(below)
+    }
+    if not leaves:
+        raise unknown('part', part, {key.split('/')[0] for key in stored}, str(directory))
+    return _Found(folder, prefix + below, leaves)

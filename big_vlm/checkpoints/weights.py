@@ -21,6 +21,9 @@ def save_weights(directory: str | pathlib.Path, params: Any) -> None:
     Weights that were there are replaced. Raises UserError if `directory` holds anything else.
     """
     directory = pathlib.Path(directory).resolve()
+    foreign = directory.is_file() or (directory.is_dir() and any(directory.iterdir()))
+    if foreign and not (directory / _MARK).is_file():
+        raise UserError(f'{directory} holds something else than weights and would be lost: choose another folder')
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(directory, trees.nested(trees.flat(params)), force=True)
         checkpointer.wait_until_finished()

@@ -319,7 +319,7 @@ def tests_command(request, inside, here):
         path, colons, test = argument.partition('::')
         found = not argument.startswith('-') and os.path.exists(os.path.join(here, path))
         # '-k ring' beside a folder called ring: an option's value is not a path.
-        after_option = arguments and arguments[-1].startswith('-') and len(arguments[-1]) == 2
+        after_option = bool(arguments) and arguments[-1] in ('-k', '-m', '-n', '-p', '-o', '-c', '-r', '-W')
         arguments.append(absolute(path, here) + colons + test if found and not after_option else argument)
     return [inside, '-m', 'pytest'] + arguments
 

@@ -220,8 +220,11 @@ def _check(batch: Batch, cache_size: int, max_new_tokens: int, limit: int | None
     if not 1 <= limit <= max_new_tokens:
         raise UserError(f'limit {limit}: must be in 1 … {max_new_tokens}, the max_new_tokens this was compiled for')
     segment = batch['segment']
-    if cache_size and cache_size < segment.shape[1] + limit - 1:  # else no row can be too long
-        real = np.full(segment.shape[0], segment.shape[1])
+    slots = segment.shape[1]
+    if cache_size and cache_size < slots:
+        raise UserError(f'prompts of {slots} slots do not fit into a cache of {cache_size}: raise cache_size')
+    if cache_size and cache_size < slots + limit - 1:  # else no row can be too long
+        real = np.full(segment.shape[0], slots)
         if getattr(segment, 'is_fully_addressable', True):
             real = (np.asarray(segment) > 0).sum(axis=1)
         row = int(real.argmax())

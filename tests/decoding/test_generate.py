@@ -191,5 +191,8 @@ def test_a_prompt_must_fit_into_the_cache():
     with pytest.raises(UserError, match='row 1: a prompt of 5 tokens and 4 new ones need 8 slots, the cache has 7'):
         tight(params, batch)
     assert tight(params, batch, limit=3).ids.shape == (2, 4)
+    small = make_generate(PREDICT, max_new_tokens=4, eos_id=EOS, cache_size=5)
+    with pytest.raises(UserError, match='prompts of 6 slots do not fit into a cache of 5'):
+        small(params, batch)
     with pytest.raises(UserError, match='max_new_tokens 0'):
         make_generate(PREDICT, max_new_tokens=0, eos_id=EOS)

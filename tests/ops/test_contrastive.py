@@ -99,9 +99,9 @@ def test_saturated_positives(sizes):
     t, b = (np.float32(x) for x in LEARNED)
     expected = oracle(zimg, ztxt, t, b)
     assert 0 < expected[0] < 1e-14
-    # The scale 117 alone turns one float32 rounding of a cosine into 7e-6 of the loss: hence not 1e-5.
-    for kwargs in (dict(form='dense'), dict(form='ring', mesh=make_mesh(sizes))):
-        assert_close(value_and_grads(zimg, ztxt, t, b, **kwargs), expected, tolerance=2e-5)
+    assert_close(value_and_grads(zimg, ztxt, t, b, form='ring', mesh=make_mesh(sizes)), expected)
+    # The scale of 117 turns one float32 rounding of a cosine into 7e-6 of the loss; a matmul's sum may round more.
+    assert_close(value_and_grads(zimg, ztxt, t, b, form='dense'), expected, tolerance=2e-5)
 
 
 @pytest.mark.parametrize('form', ['dense', 'ring'])
@@ -225,10 +225,10 @@ def test_memory_per_device_falls_with_the_square_of_the_ring():
     assert ring < 4 * block < dense
 
 
-def test_hops_are_counted():
-    """One loop of permutes and no other exchange of embeddings: nothing is gathered."""
+def test_only_neighbours_exchange_embeddings():
     text = compiled_step(64, 'ring', make_mesh((8, 1, 1))).as_text()
-    assert 'collective-permute' in text
+    # Texts: the first request and the loop's. Their gradients: the loop's, the last hop's, and the way home.
+    assert len(re.findall(r' collective-permute(?:-start)?\(', text)) == 5
     assert 'all-gather' not in text and 'all-to-all' not in text
 
 

@@ -1,0 +1,194 @@
+"""Where examples come from: a TFDS name and a split, read at random access from ArrayRecord, without TensorFlow.
+
+`digit_scenes` is drawn on first use; everything else must have been prepared in `data_dir` as ArrayRecord.
+"""
+
+import contextlib
+import fcntl
+import io
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+from absl import logging as absl_logging
+from tqdm import tqdm
+
+from big_vlm.config import UserError, unknown
+from big_vlm.data import records
+from big_vlm.data.builders.digit_scenes import DigitScenes
+
+_log = logging.getLogger(__name__)
+_EMBEDDED = {'digit_scenes': DigitScenes}
+DEFAULT_DATA_DIR = '~/.cache/big_vlm'
+
+
+class Source:
+    """A split of a dataset: `len(source)`, `source[i]` → dict record (see `records.reader`). Pickles cheaply."""
+
+    def __init__(self, name: str, stored: Sequence[bytes], features: tfds.features.FeaturesDict):
+        self.name, self.features = name, features
+        self._stored = stored
+        self._read = records.reader(features)
+        self._subsets: dict[str, Subset] = {}
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def __getitem__(self, index: int) -> dict:
+        return self._read(self._stored[index])
+
+    def original(self, index: int) -> int:
+        """The position in the split of record `index` (itself; a subset differs)."""
+        return index
+
+    def __getstate__(self) -> dict:
+        return {'name': self.name, 'features': self.features, '_stored': self._stored}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, _read=records.reader(state['features']), _subsets={})
+
+    def __repr__(self) -> str:
+        return f'Source({self.name!r}, {len(self)} records)'
+
+
+class Subset:
+    """The records of a source at `indices`."""
+
+    def __init__(self, source: Any, indices: Sequence[int]):
+        self.source, self.indices = source, list(indices)
+        self.name = source.name
+        self.features = getattr(source, 'features', None)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.source[self.indices[index]]
+
+    def original(self, index: int) -> int:
+        return self.indices[index]
+
+
+def load(dataset: str, split: str, data_dir: str = '') -> Source:
+    """One split of a TFDS dataset, e.g. `load('digit_scenes/cells', 'train')`; TFDS slices ('train[:100]') work too.
+
+    Digit scenes are drawn on first use, under a file lock: a second process waits and then reads the same files. Raises
+    UserError for an unknown dataset, config or split, and for a dataset that is not prepared as ArrayRecord.
+    """
+    folder = Path(data_dir or DEFAULT_DATA_DIR).expanduser()
+    with _quiet():
+        builder = _builder(dataset, folder)
+        splits = builder.info.splits
+        for part in re.split(r'\s*\+\s*', split):
+            if re.sub(r'\[.*', '', part) not in splits:
+                raise unknown('split', part, sorted(splits), dataset)
+        try:
+            stored = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+        except (ValueError, NotImplementedError) as error:
+            raise UserError(f'cannot read split {split!r} of {dataset} in {folder}: {_first_line(error)}') from error
+        return Source(f'{dataset}:{split}', stored, builder.info.features)
+
+
+def check(dataset: str) -> None:
+    """Raises UserError for a dataset or config that does not exist. Reads and writes nothing."""
+    name, _, config = dataset.partition('/')
+    if name in _EMBEDDED:
+        configs = [c.name for c in _EMBEDDED[name].BUILDER_CONFIGS]
+        if config and config not in configs:
+            raise unknown('config', config, configs, name)
+    elif name not in tfds.list_builders(with_community_datasets=False):
+        raise unknown('dataset', name, [*_EMBEDDED, *tfds.list_builders(with_community_datasets=False)])
+
+
+def subset(source: Source, where: Mapping[str, Any]) -> Any:
+    """The records whose fields equal the given values: `subset(source, {'num_digits': 1, 'held_out': False})`.
+
+    A list or tuple of values means any of them. Reads the source once per question and remembers the answer. Raises
+    UserError for an unknown field and for an empty result.
+    """
+    if not where:
+        return source
+    key = repr(sorted(where.items()))
+    if key not in source._subsets:
+        for field in where:
+            if field not in source.features:
+                raise unknown('field', field, sorted(source.features), f'where, {source.name}')
+        wanted = {k: v if isinstance(v, (list, tuple)) else (v,) for k, v in where.items()}
+        keep = [i for i in range(len(source)) if _matches(source[i], wanted)]
+        if not keep:
+            raise UserError(f'no record of {source.name} has {dict(where)}: relax `where`')
+        source._subsets[key] = Subset(source, keep)
+    return source._subsets[key]
+
+
+def _matches(record: dict, wanted: dict) -> bool:
+    return all(record[field] in values for field, values in wanted.items())
+
+
+def _builder(dataset: str, folder: Path) -> tfds.core.DatasetBuilder:
+    name, _, config = dataset.partition('/')
+    if name in _EMBEDDED:
+        check(dataset)
+        return _embedded(_EMBEDDED[name], config, folder)
+    try:
+        builder = tfds.builder(dataset, data_dir=folder)
+    except tfds.core.registered.DatasetNotFoundError:
+        raise unknown('dataset', name, [*_EMBEDDED, *tfds.list_builders(with_community_datasets=False)]) from None
+    except ValueError as error:
+        raise UserError(f'cannot open dataset {dataset!r}: {_first_line(error)}') from error
+    if not Path(builder.data_dir, 'dataset_info.json').is_file():
+        raise UserError(
+            f'dataset {dataset!r} is not prepared in {folder}: run tfds.builder({dataset!r}, data_dir={str(folder)!r}, '
+            "file_format='array_record').download_and_prepare()"
+        )
+    return builder
+
+
+def _embedded(kind: type, config: str, folder: Path) -> tfds.core.DatasetBuilder:
+    def make() -> tfds.core.DatasetBuilder:
+        return kind(config=config or None, data_dir=folder, file_format='array_record')
+
+    def prepared(builder: tfds.core.DatasetBuilder) -> bool:
+        return Path(builder.data_dir, 'dataset_info.json').is_file()
+
+    builder = make()
+    if prepared(builder):
+        return builder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / f'.{builder.name}-{builder.builder_config.name}.lock', 'w')
+    except OSError as error:
+        raise UserError(f'cannot write to data_dir {folder}: {error.strerror}') from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        builder = make()
+        if not prepared(builder):
+            sizes = builder.scenes_per_split()
+            label = f'drawing {builder.name}/{builder.builder_config.name}'
+            _log.info('%s into %s (once)', label, folder)
+            with tqdm(total=sum(sizes.values()), desc=label, unit=' scenes', delay=2, leave=False) as bar:
+                builder.on_scene = bar.update
+                builder.download_and_prepare()
+    return builder
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """TFDS reports through print, absl and its own bars; ours is one bar."""
+    verbosity = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        absl_logging.set_verbosity(verbosity)
+        tfds.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition('\n')[0]
+

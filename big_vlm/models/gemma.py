@@ -21,265 +21,267 @@ from big_vlm.ops.rope import rope
 
 #             width depth mlp_dim num_heads num_kv_heads head_dim
 _VARIANTS = {
-  'gemma_2b': (2048, 18, 16_384, 8, 1, 256),
-  'gemma_7b': (3072, 28, 24_576, 16, 16, 256),
+    'gemma_2b': (2048, 18, 16_384, 8, 1, 256),
+    'gemma_7b': (3072, 28, 24_576, 16, 16, 256),
 }
 _SIZES = ('width', 'depth', 'mlp_dim', 'num_heads', 'num_kv_heads', 'head_dim')
 
 
 def decode_variant(variant: str) -> dict[str, int]:
-  """'gemma_2b' -> width, depth, mlp_dim, num_heads, num_kv_heads, head_dim. Raises UserError for an unknown name."""
-  if variant not in _VARIANTS:
-    raise unknown('decoder variant', variant, _VARIANTS)
-  return dict(zip(_SIZES, _VARIANTS[variant], strict=True))
+    """'gemma_2b' -> width, depth, mlp_dim, num_heads, num_kv_heads, head_dim. Raises UserError for an unknown name."""
+    if variant not in _VARIANTS:
+        raise unknown('decoder variant', variant, _VARIANTS)
+    return dict(zip(_SIZES, _VARIANTS[variant], strict=True))
 
 
 def _fan_in(in_axis, out_axis):
-  return nn.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal', in_axis=in_axis, out_axis=out_axis)
+    return nn.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal', in_axis=in_axis, out_axis=out_axis)
 
 
 class RMSNorm(nn.Module):
-  """x / rms(x) * (1 + scale), in float32."""
+    """x / rms(x) * (1 + scale), in float32."""
 
-  dtype: jnp.dtype
+    dtype: jnp.dtype
 
-  @nn.compact
-  def __call__(self, x):
-    scale = self.param('scale', nn.initializers.zeros, (x.shape[-1],))
-    x = x.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
-    return (x * (1.0 + scale.astype(jnp.float32))).astype(self.dtype)
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param('scale', nn.initializers.zeros, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+        return (x * (1.0 + scale.astype(jnp.float32))).astype(self.dtype)
 
 
 class Einsum(nn.Module):
-  """One weight `w`, no bias."""
+    """One weight `w`, no bias."""
 
-  shape: tuple[int, ...]
-  in_axis: tuple[int, ...]
-  out_axis: tuple[int, ...]
-  dtype: jnp.dtype
+    shape: tuple[int, ...]
+    in_axis: tuple[int, ...]
+    out_axis: tuple[int, ...]
+    dtype: jnp.dtype
 
-  @nn.compact
-  def __call__(self, equation, x):
-    w = self.param('w', _fan_in(self.in_axis, self.out_axis), self.shape)
-    return jnp.einsum(equation, x, w.astype(self.dtype))
+    @nn.compact
+    def __call__(self, equation, x):
+        w = self.param('w', _fan_in(self.in_axis, self.out_axis), self.shape)
+        return jnp.einsum(equation, x, w.astype(self.dtype))
 
 
 class Attention(nn.Module):
-  """Rotary, grouped-query attention over the tokens themselves or, given a cache, over the cache and one new token."""
+    """Rotary, grouped-query attention over the tokens themselves or, given a cache, over the cache and one new token."""
 
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  dtype: jnp.dtype
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: jnp.dtype
 
-  @nn.compact
-  def __call__(self, x, position, mask, cache, length, weights):
-    n, k, d, h = self.num_heads, self.num_kv_heads, x.shape[-1], self.head_dim
-    if k == n:
-      qkv = Einsum((3, n, d, h), (2,), (0, 1, 3), self.dtype, name='qkv_einsum')('BTD,CNDH->CBTNH', x)
-      query, key, value = qkv[0], qkv[1], qkv[2]
-    else:
-      query = Einsum((n, d, h), (1,), (0, 2), self.dtype, name='q_einsum')('BTD,NDH->BTNH', x)
-      kv = Einsum((2, k, d, h), (2,), (0, 1, 3), self.dtype, name='kv_einsum')('BTD,CKDH->CBTKH', x)
-      key, value = kv[0], kv[1]
-    query, key = rope(query, position), rope(key, position)
-    if cache is None:
-      cache = kv_cache.LayerCache(key, value)
-    else:
-      cache = kv_cache.write_step(cache, key, value, length)
-    z, probs = attention(query, cache.k, cache.v, mask, scale=h**-0.5, weights=weights)
-    x = Einsum((n, h, d), (0, 1), (2,), self.dtype, name='attn_vec_einsum')('BTNH,NHD->BTD', z.astype(self.dtype))
-    return x, cache, probs
+    @nn.compact
+    def __call__(self, x, position, mask, cache, length, weights):
+        n, k, d, h = self.num_heads, self.num_kv_heads, x.shape[-1], self.head_dim
+        if k == n:
+            qkv = Einsum((3, n, d, h), (2,), (0, 1, 3), self.dtype, name='qkv_einsum')('BTD,CNDH->CBTNH', x)
+            query, key, value = qkv[0], qkv[1], qkv[2]
+        else:
+            query = Einsum((n, d, h), (1,), (0, 2), self.dtype, name='q_einsum')('BTD,NDH->BTNH', x)
+            kv = Einsum((2, k, d, h), (2,), (0, 1, 3), self.dtype, name='kv_einsum')('BTD,CKDH->CBTKH', x)
+            key, value = kv[0], kv[1]
+        query, key = rope(query, position), rope(key, position)
+        if cache is None:
+            cache = kv_cache.LayerCache(key, value)
+        else:
+            cache = kv_cache.write_step(cache, key, value, length)
+        z, probs = attention(query, cache.k, cache.v, mask, scale=h**-0.5, weights=weights)
+        x = Einsum((n, h, d), (0, 1), (2,), self.dtype, name='attn_vec_einsum')('BTNH,NHD->BTD', z.astype(self.dtype))
+        return x, cache, probs
 
 
 class FeedForward(nn.Module):
-  """GeGLU with the tanh GELU."""
+    """GeGLU with the tanh GELU."""
 
-  mlp_dim: int
-  dtype: jnp.dtype
+    mlp_dim: int
+    dtype: jnp.dtype
 
-  @nn.compact
-  def __call__(self, x):
-    gating = self.param('gating_einsum', _fan_in((1,), (0, 2)), (2, x.shape[-1], self.mlp_dim)).astype(self.dtype)
-    linear = self.param('linear', _fan_in((0,), (1,)), (self.mlp_dim, x.shape[-1])).astype(self.dtype)
-    return (nn.gelu(x @ gating[0], approximate=True) * (x @ gating[1])) @ linear
+    @nn.compact
+    def __call__(self, x):
+        gating = self.param('gating_einsum', _fan_in((1,), (0, 2)), (2, x.shape[-1], self.mlp_dim)).astype(self.dtype)
+        linear = self.param('linear', _fan_in((0,), (1,)), (self.mlp_dim, x.shape[-1])).astype(self.dtype)
+        return (nn.gelu(x @ gating[0], approximate=True) * (x @ gating[1])) @ linear
 
 
 class Block(nn.Module):
-  """One layer, the same for training, prefill and decoding.
+    """One layer, the same for training, prefill and decoding.
 
-  Without `cache`, `x` [B,T,D] attends to itself under `mask` [B,T,T] and the returned cache holds its own keys and
-  values. With one, `x` [B,1,D] is written to slot `length` of its row and attends to the cache under `mask` [B,1,S].
-  """
+    Without `cache`, `x` [B,T,D] attends to itself under `mask` [B,T,T] and the returned cache holds its own keys and
+    values. With one, `x` [B,1,D] is written to slot `length` of its row and attends to the cache under `mask` [B,1,S].
+    """
 
-  mlp_dim: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  dropout: float
-  dtype: jnp.dtype
+    mlp_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dropout: float
+    dtype: jnp.dtype
 
-  @nn.compact
-  def __call__(self, x, position, mask, cache=None, length=None, *, train=False, weights=False):
-    drop = nn.Dropout(self.dropout, deterministic=not train)
-    y = RMSNorm(self.dtype, name='pre_attention_norm')(x)
-    attn = Attention(self.num_heads, self.num_kv_heads, self.head_dim, self.dtype, name='attn')
-    y, cache, probs = attn(y, position, mask, cache, length, weights)
-    x = x + drop(y)
-    y = RMSNorm(self.dtype, name='pre_ffw_norm')(x)
-    x = x + drop(FeedForward(self.mlp_dim, self.dtype, name='mlp')(y))
-    return x, cache, probs
+    @nn.compact
+    def __call__(self, x, position, mask, cache=None, length=None, *, train=False, weights=False):
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+        y = RMSNorm(self.dtype, name='pre_attention_norm')(x)
+        attn = Attention(self.num_heads, self.num_kv_heads, self.head_dim, self.dtype, name='attn')
+        y, cache, probs = attn(y, position, mask, cache, length, weights)
+        x = x + drop(y)
+        y = RMSNorm(self.dtype, name='pre_ffw_norm')(x)
+        x = x + drop(FeedForward(self.mlp_dim, self.dtype, name='mlp')(y))
+        return x, cache, probs
 
 
 class Embedder(nn.Module):
-  """The token table, used on the way in (times sqrt D) and, transposed, on the way out."""
+    """The token table, used on the way in (times sqrt D) and, transposed, on the way out."""
 
-  vocab_size: int
-  width: int
-  dtype: jnp.dtype
+    vocab_size: int
+    width: int
+    dtype: jnp.dtype
 
-  def setup(self):
-    init = nn.initializers.normal(self.width**-0.5)
-    self.input_embedding = self.param('input_embedding', init, (self.vocab_size, self.width))
+    def setup(self):
+        init = nn.initializers.normal(self.width**-0.5)
+        self.input_embedding = self.param('input_embedding', init, (self.vocab_size, self.width))
 
-  def encode(self, tokens):
-    x = self.input_embedding[jnp.maximum(tokens, 0)]
-    # sqrt(D) is rounded to the weights' dtype, as published.
-    return (x * jnp.sqrt(jnp.float32(self.width)).astype(x.dtype)).astype(self.dtype)
+    def encode(self, tokens):
+        x = self.input_embedding[jnp.maximum(tokens, 0)]
+        # sqrt(D) is rounded to the weights' dtype, as published.
+        return (x * jnp.sqrt(jnp.float32(self.width)).astype(x.dtype)).astype(self.dtype)
 
-  def decode(self, x):
-    table = self.input_embedding.astype(self.dtype)
-    return jnp.einsum('...D,VD->...V', x, table, preferred_element_type=jnp.float32)
+    def decode(self, x):
+        table = self.input_embedding.astype(self.dtype)
+        return jnp.einsum('...D,VD->...V', x, table, preferred_element_type=jnp.float32)
 
 
 class Gemma(nn.Module):
-  """The decoder. Sizes of 0 are the variant's.
+    """The decoder. Sizes of 0 are the variant's.
 
-  Attributes:
-    vocab_size: V, the rows of the tied embedding.
-    final_softcap: bounds the logits; 0 for none (Gemma 1).
-    dropout: on each sublayer's output.
-    dtype, remat, scan: as in `vit.ViT`.
-  """
-
-  vocab_size: int = 257_152
-  variant: str = 'gemma_2b'
-  width: int = 0
-  depth: int = 0
-  mlp_dim: int = 0
-  num_heads: int = 0
-  num_kv_heads: int = 0
-  head_dim: int = 0
-  final_softcap: float = 0.0
-  dropout: float = 0.0
-  dtype: jnp.dtype = jnp.float32
-  remat: str = 'none'
-  scan: bool = True
-
-  @property
-  def sizes(self) -> dict[str, int]:
-    """width, depth, mlp_dim, num_heads, num_kv_heads, head_dim. Raises UserError for what cannot be."""
-    if self.remat not in REMATS:
-      raise unknown('remat', self.remat, REMATS)
-    sizes = decode_variant(self.variant) | {name: getattr(self, name) for name in _SIZES if getattr(self, name)}
-    if sizes['num_heads'] % sizes['num_kv_heads']:
-      raise UserError(
-        f'decoder {self.variant!r}: num_heads {sizes["num_heads"]} is not a multiple of '
-        f'num_kv_heads {sizes["num_kv_heads"]}'
-      )
-    if sizes['head_dim'] % 2:
-      raise UserError(f'decoder {self.variant!r}: head_dim {sizes["head_dim"]} is odd; rotary positions need pairs')
-    return sizes
-
-  def block(self) -> dict[str, Any]:
-    """What one `Block` of this model is built with."""
-    sizes = self.sizes
-    names = ('mlp_dim', 'num_heads', 'num_kv_heads', 'head_dim')
-    return {name: sizes[name] for name in names} | dict(dropout=self.dropout, dtype=self.dtype)
-
-  def setup(self):
-    self.embedder = Embedder(self.vocab_size, self.sizes['width'], self.dtype)
-    self.layers = Block(**self.block())
-    self.final_norm = RMSNorm(self.dtype)
-
-  def embed(self, tokens: jax.Array) -> jax.Array:
-    """int32 [..., T] -> [..., T, D], times sqrt D; a negative id is read as 0 (image slots, filled by the caller)."""
-    return self.embedder.encode(tokens)
-
-  def logits(self, x: jax.Array) -> jax.Array:
-    """[..., D] after the last layer -> final norm -> float32 [..., V]."""
-    logits = self.embedder.decode(self.final_norm(x))
-    return self.final_softcap * jnp.tanh(logits / self.final_softcap) if self.final_softcap else logits
-
-  def __call__(
-    self, x: jax.Array, position: jax.Array, mask: jax.Array, *, train: bool = False, weights: bool = False
-  ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """All layers: x [B,T,D], position int32 [B,T], mask bool [B,T,T] -> (x [B,T,D] before the final norm, out).
-
-    `out` holds 'blocks' [L,B,T,D] and, if `weights`, 'attention' float32 [L,B,N,T,T].
+    Attributes:
+      vocab_size: V, the rows of the tied embedding.
+      final_softcap: bounds the logits; 0 for none (Gemma 1).
+      dropout: on each sublayer's output.
+      dtype, remat, scan: as in `vit.ViT`.
     """
 
-    def layer(block, x, position, mask):
-      x, _, probs = block(x, position, mask, train=train, weights=weights)
-      return x, (x, probs)
+    vocab_size: int = 257_152
+    variant: str = 'gemma_2b'
+    width: int = 0
+    depth: int = 0
+    mlp_dim: int = 0
+    num_heads: int = 0
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    final_softcap: float = 0.0
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+    remat: str = 'none'
+    scan: bool = True
 
-    if self.remat == 'full':
-      layer = nn.remat(layer, prevent_cse=not self.scan)
-    depth = self.sizes['depth']
-    x, (blocks, probs) = nn.scan(
-      layer,
-      variable_axes={'params': 0},
-      split_rngs={'params': True, 'dropout': True},
-      in_axes=nn.broadcast,
-      length=depth,
-      unroll=1 if self.scan else depth,
-    )(self.layers, x, position, mask)
-    return x, {'blocks': blocks} | ({'attention': probs} if weights else {})
+    @property
+    def sizes(self) -> dict[str, int]:
+        """width, depth, mlp_dim, num_heads, num_kv_heads, head_dim. Raises UserError for what cannot be."""
+        if self.remat not in REMATS:
+            raise unknown('remat', self.remat, REMATS)
+        sizes = decode_variant(self.variant) | {name: getattr(self, name) for name in _SIZES if getattr(self, name)}
+        if sizes['num_heads'] % sizes['num_kv_heads']:
+            raise UserError(
+                f'decoder {self.variant!r}: num_heads {sizes["num_heads"]} is not a multiple of '
+                f'num_kv_heads {sizes["num_kv_heads"]}'
+            )
+        if sizes['head_dim'] % 2:
+            raise UserError(
+                f'decoder {self.variant!r}: head_dim {sizes["head_dim"]} is odd; rotary positions need pairs'
+            )
+        return sizes
 
-  def init_everything(self, tokens: jax.Array) -> jax.Array:
-    """Touches every parameter once; for `init`."""
-    position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    mask = jnp.ones((*tokens.shape, tokens.shape[1]), bool)
-    return self.logits(self(self.embed(tokens), position, mask)[0])
+    def block(self) -> dict[str, Any]:
+        """What one `Block` of this model is built with."""
+        sizes = self.sizes
+        names = ('mlp_dim', 'num_heads', 'num_kv_heads', 'head_dim')
+        return {name: sizes[name] for name in names} | dict(dropout=self.dropout, dtype=self.dtype)
+
+    def setup(self):
+        self.embedder = Embedder(self.vocab_size, self.sizes['width'], self.dtype)
+        self.layers = Block(**self.block())
+        self.final_norm = RMSNorm(self.dtype)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """int32 [..., T] -> [..., T, D], times sqrt D; a negative id is read as 0 (image slots, filled by the caller)."""
+        return self.embedder.encode(tokens)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """[..., D] after the last layer -> final norm -> float32 [..., V]."""
+        logits = self.embedder.decode(self.final_norm(x))
+        return self.final_softcap * jnp.tanh(logits / self.final_softcap) if self.final_softcap else logits
+
+    def __call__(
+        self, x: jax.Array, position: jax.Array, mask: jax.Array, *, train: bool = False, weights: bool = False
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """All layers: x [B,T,D], position int32 [B,T], mask bool [B,T,T] -> (x [B,T,D] before the final norm, out).
+
+        `out` holds 'blocks' [L,B,T,D] and, if `weights`, 'attention' float32 [L,B,N,T,T].
+        """
+
+        def layer(block, x, position, mask):
+            x, _, probs = block(x, position, mask, train=train, weights=weights)
+            return x, (x, probs)
+
+        if self.remat == 'full':
+            layer = nn.remat(layer, prevent_cse=not self.scan)
+        depth = self.sizes['depth']
+        x, (blocks, probs) = nn.scan(
+            layer,
+            variable_axes={'params': 0},
+            split_rngs={'params': True, 'dropout': True},
+            in_axes=nn.broadcast,
+            length=depth,
+            unroll=1 if self.scan else depth,
+        )(self.layers, x, position, mask)
+        return x, {'blocks': blocks} | ({'attention': probs} if weights else {})
+
+    def init_everything(self, tokens: jax.Array) -> jax.Array:
+        """Touches every parameter once; for `init`."""
+        position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        mask = jnp.ones((*tokens.shape, tokens.shape[1]), bool)
+        return self.logits(self(self.embed(tokens), position, mask)[0])
 
 
 def init(model: Gemma, rng: jax.Array) -> dict:
-  """Fresh float32 parameters: truncated normal by fan-in, zero norm scales, token table with standard deviation D^-0.5."""
-  return model.init(rng, jnp.zeros((1, 2), jnp.int32), method='init_everything')['params']
+    """Fresh float32 parameters: truncated normal by fan-in, norm scales 0, token table of standard deviation D^-0.5."""
+    return model.init(rng, jnp.zeros((1, 2), jnp.int32), method='init_everything')['params']
 
 
 def unstack_layers(params: dict) -> dict:
-  """The parameters with 'layers' as a tuple of L single layers, for `run_layers`. Copies: do it once."""
-  depth = len(params['layers']['pre_ffw_norm']['scale'])
-  layers = tuple(jax.tree.map(lambda w, i=i: w[i], params['layers']) for i in range(depth))
-  return {**params, 'layers': layers}
+    """The parameters with 'layers' as a tuple of L single layers, for `run_layers`. Copies: do it once."""
+    depth = len(params['layers']['pre_ffw_norm']['scale'])
+    layers = tuple(jax.tree.map(lambda w, i=i: w[i], params['layers']) for i in range(depth))
+    return {**params, 'layers': layers}
 
 
 def run_layers(model: Gemma, params: dict, x, position, mask, cache=None, length=None):
-  """The layers of unstacked `params`, one after another: (x, tuple of LayerCache). Arguments as `Block`'s."""
-  block = Block(**model.block())
-  caches = []
-  for i, layer in enumerate(params['layers']):
-    x, kv, _ = block.apply({'params': layer}, x, position, mask, cache and cache[i], length)
-    caches.append(kv)
-  return x, tuple(caches)
+    """The layers of unstacked `params`, one after another: (x, tuple of LayerCache). Arguments as `Block`'s."""
+    block = Block(**model.block())
+    caches = []
+    for i, layer in enumerate(params['layers']):
+        x, kv, _ = block.apply({'params': layer}, x, position, mask, cache and cache[i], length)
+        caches.append(kv)
+    return x, tuple(caches)
 
 
 def embed(model: Gemma, params: dict, tokens: jax.Array) -> jax.Array:
-  """`Gemma.embed` on stacked or unstacked parameters."""
-  return model.apply({'params': {'embedder': params['embedder']}}, tokens, method='embed')
+    """`Gemma.embed` on stacked or unstacked parameters."""
+    return model.apply({'params': {'embedder': params['embedder']}}, tokens, method='embed')
 
 
 def logits(model: Gemma, params: dict, x: jax.Array) -> jax.Array:
-  """`Gemma.logits` on stacked or unstacked parameters."""
-  ends = {name: params[name] for name in ('embedder', 'final_norm')}
-  return model.apply({'params': ends}, x, method='logits')
+    """`Gemma.logits` on stacked or unstacked parameters."""
+    ends = {name: params[name] for name in ('embedder', 'final_norm')}
+    return model.apply({'params': ends}, x, method='logits')
 
 
 def forward_flops(model: Gemma, length: int, logits_length: int) -> float:
-  """Model FLOPs of one row of `length` tokens with logits at `logits_length` of them; every query-key pair counts."""
-  s = model.sizes
-  projections = s['width'] * s['head_dim'] * (2 * s['num_heads'] + 2 * s['num_kv_heads'])
-  per_token = 2 * (projections + 3 * s['width'] * s['mlp_dim']) + 4 * length * s['num_heads'] * s['head_dim']
-  return float(s['depth'] * length * per_token + 2 * logits_length * s['width'] * model.vocab_size)
+    """Model FLOPs of one row of `length` tokens with logits at `logits_length` of them; every query-key pair counts."""
+    s = model.sizes
+    projections = s['width'] * s['head_dim'] * (2 * s['num_heads'] + 2 * s['num_kv_heads'])
+    per_token = 2 * (projections + 3 * s['width'] * s['mlp_dim']) + 4 * length * s['num_heads'] * s['head_dim']
+    return float(s['depth'] * length * per_token + 2 * logits_length * s['width'] * model.vocab_size)

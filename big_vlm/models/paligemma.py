@@ -1,6 +1,6 @@
 """PaliGemma (arXiv 2407.07726): a ViT's patch tokens, projected, fill the image slots of a Gemma's input.
 
-Parameters: {'img': ..., 'llm': ...}; `img/head` is the projection. Axes: B batch, I images, P patches per image, T image
+Parameters: {'img': ..., 'llm': ...}; `img/head` projects. Axes: B batch, I images, P patches per image, T image
 and text slots, D decoder width, V vocabulary, L layers, S cache slots.
 """
 
@@ -19,181 +19,180 @@ from big_vlm.ops import kv_cache, masks
 
 @dataclasses.dataclass(frozen=True)
 class PaliGemma:
-  """The model's modules and the image size it reads.
+    """The model's modules and the image size it reads.
 
-  Attributes:
-    img: a Linen module, image float [B,H,W,3] -> (tokens [B,P,D], out).
-    llm: the decoder.
-    image_size: pixels per side, for `init`, `image_tokens` and FLOPs.
-  """
-
-  img: nn.Module
-  llm: gemma.Gemma
-  image_size: int
-
-  @property
-  def image_tokens(self) -> int:
-    """P, the slots one image takes."""
-    return (self.image_size // self.img.sizes['patch_size']) ** 2
-
-  def init(self, rng: jax.Array) -> dict:
-    """Fresh float32 parameters. Use under `jax.jit` or `jax.eval_shape`."""
-    img_rng, llm_rng = jax.random.split(rng)
-    image = jnp.zeros((1, self.image_size, self.image_size, 3), jnp.float32)
-    return {'img': self.img.init(img_rng, image)['params'], 'llm': gemma.init(self.llm, llm_rng)}
-
-  def embed(
-    self,
-    params: dict,
-    image: jax.Array | None,
-    image_mask: jax.Array | None,
-    text: jax.Array,
-    *,
-    train: bool = False,
-    rng: jax.Array | None = None,
-  ) -> tuple[jax.Array, dict]:
-    """The decoder's input [B,T,D]: text embeddings times sqrt D, and image features, unscaled, in the slots where text
-    is -1: the k-th such slot of a row takes the k-th feature of the row's real images.
-
-    Returns (x, the image tower's `out` under 'img/...'). Arguments as in `apply`.
+    Attributes:
+      img: a Linen module, image float [B,H,W,3] -> (tokens [B,P,D], out).
+      llm: the decoder.
+      image_size: pixels per side, for `init`, `image_tokens` and FLOPs.
     """
-    x = gemma.embed(self.llm, params['llm'], text)
-    if image is None:
-      return x, {}
-    batch, images = image.shape[:2]
-    rngs = None if rng is None else {'dropout': rng}
-    z, out = self.img.apply({'params': params['img']}, image.reshape(-1, *image.shape[2:]), train=train, rngs=rngs)
-    patches = z.shape[1]
-    features = z.reshape(batch, images * patches, -1)
-    hole = text < 0
-    slot = jnp.cumsum(hole, axis=1) - 1
-    if image_mask is not None:
-      # Real images first, each kind in its order: the k-th slot belongs to the k-th *real* feature.
-      order = jnp.argsort(~image_mask.astype(bool), axis=1, stable=True)
-      which = jnp.take_along_axis(order, jnp.clip(slot // patches, 0, images - 1), axis=1)
-      slot = which * patches + slot % patches
-    filled = jnp.take_along_axis(features, jnp.clip(slot, 0, images * patches - 1)[..., None], axis=1)
-    return jnp.where(hole[..., None], filled.astype(x.dtype), x), {f'img/{k}': v for k, v in out.items()}
 
-  def apply(
-    self,
-    params: dict,
-    image: jax.Array | None,
-    image_mask: jax.Array | None,
-    text: jax.Array,
-    segment: jax.Array,
-    position: jax.Array,
-    mask_ar: jax.Array,
-    *,
-    logits_from: int = 0,
-    train: bool = False,
-    rng: jax.Array | None = None,
-    attention: bool = False,
-  ) -> tuple[jax.Array, dict]:
-    """The whole sequence at once, for training and scoring.
+    img: nn.Module
+    llm: gemma.Gemma
+    image_size: int
 
-    Args:
-      params: as `init` returns them (layers stacked).
-      image: float [B,I,H,W,3] in the model's value range, or None for text alone.
-      image_mask: bool [B,I], False for images that are only padding; None: all real.
-      text: int32 [B,T], -1 at image slots.
-      segment: int32 [B,T], 0 for padding, else the packed example.
-      position: int32 [B,T], from 0.
-      mask_ar: [B,T]; see `ops.masks.attention_mask`.
-      logits_from: compute logits from this slot on. PaliGemma's image slots need none: the vocabulary is the widest
-        matrix of all.
-      train: dropout on; then `rng` is needed if there is any.
-      rng: key for the dropout.
-      attention: also return every layer's attention weights.
+    @property
+    def image_tokens(self) -> int:
+        """P, the slots one image takes."""
+        return (self.image_size // self.img.sizes['patch_size']) ** 2
 
-    Returns:
-      (logits float32 [B, T - logits_from, V], where logits[:, i] predict slot logits_from + i + 1, out). `out` has
-      'decoded' [B,T,D] (before the final norm: `gemma.logits` on a gather of it gives logits at chosen slots), 'blocks'
-      [L,B,T,D], the image tower's under 'img/...', and if asked 'attention' float32 [L,B,N,T,T].
-    """
-    rngs = (None, None) if rng is None else tuple(jax.random.split(rng))
-    x, out = self.embed(params, image, image_mask, text, train=train, rng=rngs[0])
-    mask = masks.attention_mask(segment, mask_ar)
-    llm_rngs = None if rng is None else {'dropout': rngs[1]}
-    llm_params = {'params': params['llm']}
-    x, llm_out = self.llm.apply(llm_params, x, position, mask, train=train, weights=attention, rngs=llm_rngs)
-    return gemma.logits(self.llm, params['llm'], x[:, logits_from:]), out | llm_out | {'decoded': x}
+    def init(self, rng: jax.Array) -> dict:
+        """Fresh float32 parameters. Use under `jax.jit` or `jax.eval_shape`."""
+        img_rng, llm_rng = jax.random.split(rng)
+        image = jnp.zeros((1, self.image_size, self.image_size, 3), jnp.float32)
+        return {'img': self.img.init(img_rng, image)['params'], 'llm': gemma.init(self.llm, llm_rng)}
 
-  def prefill(
-    self,
-    params: dict,
-    image: jax.Array | None,
-    image_mask: jax.Array | None,
-    text: jax.Array,
-    segment: jax.Array,
-    position: jax.Array,
-    mask_ar: jax.Array,
-    *,
-    cache_size: int,
-  ) -> tuple[jax.Array, kv_cache.KVCache]:
-    """Reads the prompts. `params` from `unstack_layers`; rows may differ in length, padding anywhere.
+    def embed(
+        self,
+        params: dict,
+        image: jax.Array | None,
+        image_mask: jax.Array | None,
+        text: jax.Array,
+        *,
+        train: bool = False,
+        rng: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict]:
+        """The decoder's input [B,T,D]: text embeddings times sqrt D, and image features, unscaled, in the slots where text
+        is -1: the k-th such slot of a row takes the k-th feature of the row's real images.
 
-    Returns:
-      (logits float32 [B,V] at each row's last real token, the cache of `cache_size` slots in the model's dtype).
+        Returns (x, the image tower's `out` under 'img/...'). Arguments as in `apply`.
+        """
+        x = gemma.embed(self.llm, params['llm'], text)
+        if image is None:
+            return x, {}
+        batch, images = image.shape[:2]
+        rngs = None if rng is None else {'dropout': rng}
+        z, out = self.img.apply({'params': params['img']}, image.reshape(-1, *image.shape[2:]), train=train, rngs=rngs)
+        patches = z.shape[1]
+        features = z.reshape(batch, images * patches, -1)
+        hole = text < 0
+        slot = jnp.cumsum(hole, axis=1) - 1
+        if image_mask is not None:
+            # Real images first, each kind in its order: the k-th slot belongs to the k-th *real* feature.
+            order = jnp.argsort(~image_mask.astype(bool), axis=1, stable=True)
+            which = jnp.take_along_axis(order, jnp.clip(slot // patches, 0, images - 1), axis=1)
+            slot = which * patches + slot % patches
+        filled = jnp.take_along_axis(features, jnp.clip(slot, 0, images * patches - 1)[..., None], axis=1)
+        return jnp.where(hole[..., None], filled.astype(x.dtype), x), {f'img/{k}': v for k, v in out.items()}
 
-    Raises:
-      ValueError: `cache_size` is below T.
-    """
-    batch, length = text.shape
-    if cache_size < length:
-      raise ValueError(f'a cache of {cache_size} slots cannot hold prompts of {length}')
-    x, _ = self.embed(params, image, image_mask, text)
-    real = segment > 0
-    x, keys_values = gemma.run_layers(self.llm, params['llm'], x, position, masks.attention_mask(segment, mask_ar))
-    sizes = self.llm.sizes
-    cache = kv_cache.empty(
-      sizes['depth'], batch, cache_size, sizes['num_kv_heads'], sizes['head_dim'], self.llm.dtype
-    )
-    layers = tuple(
-      kv_cache.write_prefill(layer, new.k, new.v, position, real)
-      for layer, new in zip(cache.layers, keys_values, strict=True)
-    )
-    last = jnp.max(jnp.where(real, jnp.arange(length), 0), axis=1)
-    x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-    cache = kv_cache.KVCache(layers, jnp.sum(real, axis=1, dtype=jnp.int32))
-    return gemma.logits(self.llm, params['llm'], x), cache
+    def apply(
+        self,
+        params: dict,
+        image: jax.Array | None,
+        image_mask: jax.Array | None,
+        text: jax.Array,
+        segment: jax.Array,
+        position: jax.Array,
+        mask_ar: jax.Array,
+        *,
+        logits_from: int = 0,
+        train: bool = False,
+        rng: jax.Array | None = None,
+        attention: bool = False,
+    ) -> tuple[jax.Array, dict]:
+        """The whole sequence at once, for training and scoring.
 
-  def decode_step(
-    self, params: dict, token: jax.Array, cache: kv_cache.KVCache
-  ) -> tuple[jax.Array, kv_cache.KVCache]:
-    """Appends `token` int32 [B] to each row and returns (logits float32 [B,V] of the next one, cache).
+        Args:
+          params: as `init` returns them (layers stacked).
+          image: float [B,I,H,W,3] in the model's value range, or None for text alone.
+          image_mask: bool [B,I], False for images that are only padding; None: all real.
+          text: int32 [B,T], -1 at image slots.
+          segment: int32 [B,T], 0 for padding, else the packed example.
+          position: int32 [B,T], from 0.
+          mask_ar: [B,T]; see `ops.masks.attention_mask`.
+          logits_from: compute logits from this slot on. PaliGemma's image slots need none: the vocabulary is the widest
+            matrix of all.
+          train: dropout on; then `rng` is needed if there is any.
+          rng: key for the dropout.
+          attention: also return every layer's attention weights.
 
-    `params` from `unstack_layers`. A row whose cache is full keeps it and its logits mean nothing.
-    """
-    size = cache.layers[0].k.shape[1]
-    x = gemma.embed(self.llm, params['llm'], token[:, None])
-    mask = kv_cache.visible(cache.length + 1, size)[:, None, :]
-    x, layers = gemma.run_layers(
-      self.llm, params['llm'], x, cache.length[:, None], mask, cache.layers, cache.length
-    )
-    return gemma.logits(self.llm, params['llm'], x[:, 0]), kv_cache.KVCache(layers, cache.length + 1)
+        Returns:
+          (logits float32 [B, T - logits_from, V], where logits[:, i] predict slot logits_from + i + 1, out). `out` has
+          'decoded' [B,T,D] (before the final norm: `gemma.logits` on a gather of it gives logits at chosen slots), 'blocks'
+          [L,B,T,D], the image tower's under 'img/...', and if asked 'attention' float32 [L,B,N,T,T].
+        """
+        rngs = (None, None) if rng is None else tuple(jax.random.split(rng))
+        x, out = self.embed(params, image, image_mask, text, train=train, rng=rngs[0])
+        mask = masks.attention_mask(segment, mask_ar)
+        llm_rngs = None if rng is None else {'dropout': rngs[1]}
+        llm_params = {'params': params['llm']}
+        x, llm_out = self.llm.apply(llm_params, x, position, mask, train=train, weights=attention, rngs=llm_rngs)
+        return gemma.logits(self.llm, params['llm'], x[:, logits_from:]), out | llm_out | {'decoded': x}
 
-  def forward_flops(self, text_length: int, num_images: int = 1) -> float:
-    """Model FLOPs of one example's forward pass: its images, the whole sequence, logits on the text slots."""
-    length = num_images * self.image_tokens + text_length
-    return num_images * vit.forward_flops(self.img, self.image_size) + gemma.forward_flops(
-      self.llm, length, text_length
-    )
+    def prefill(
+        self,
+        params: dict,
+        image: jax.Array | None,
+        image_mask: jax.Array | None,
+        text: jax.Array,
+        segment: jax.Array,
+        position: jax.Array,
+        mask_ar: jax.Array,
+        *,
+        cache_size: int,
+    ) -> tuple[jax.Array, kv_cache.KVCache]:
+        """Reads the prompts. `params` from `unstack_layers`; rows may differ in length, padding anywhere.
+
+        Returns:
+          (logits float32 [B,V] at each row's last real token, the cache of `cache_size` slots in the model's dtype).
+
+        Raises:
+          ValueError: `cache_size` is below T.
+        """
+        batch, length = text.shape
+        if cache_size < length:
+            raise ValueError(f'a cache of {cache_size} slots cannot hold prompts of {length}')
+        x, _ = self.embed(params, image, image_mask, text)
+        real = segment > 0
+        x, keys_values = gemma.run_layers(self.llm, params['llm'], x, position, masks.attention_mask(segment, mask_ar))
+        sizes = self.llm.sizes
+        cache = kv_cache.empty(
+            sizes['depth'], batch, cache_size, sizes['num_kv_heads'], sizes['head_dim'], self.llm.dtype
+        )
+        layers = tuple(
+            kv_cache.write_prefill(layer, new.k, new.v, position, real)
+            for layer, new in zip(cache.layers, keys_values, strict=True)
+        )
+        last = jnp.max(jnp.where(real, jnp.arange(length), 0), axis=1)
+        x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+        cache = kv_cache.KVCache(layers, jnp.sum(real, axis=1, dtype=jnp.int32))
+        return gemma.logits(self.llm, params['llm'], x), cache
+
+    def decode_step(
+        self, params: dict, token: jax.Array, cache: kv_cache.KVCache
+    ) -> tuple[jax.Array, kv_cache.KVCache]:
+        """Appends `token` int32 [B] to each row and returns (logits float32 [B,V] of the next one, cache).
+
+        `params` from `unstack_layers`. A row whose cache is full keeps it and its logits mean nothing.
+        """
+        size = cache.layers[0].k.shape[1]
+        x = gemma.embed(self.llm, params['llm'], token[:, None])
+        mask = kv_cache.visible(cache.length + 1, size)[:, None, :]
+        x, layers = gemma.run_layers(
+            self.llm, params['llm'], x, cache.length[:, None], mask, cache.layers, cache.length
+        )
+        return gemma.logits(self.llm, params['llm'], x[:, 0]), kv_cache.KVCache(layers, cache.length + 1)
+
+    def forward_flops(self, text_length: int, num_images: int = 1) -> float:
+        """Model FLOPs of one example's forward pass: its images, the whole sequence, logits on the text slots."""
+        length = num_images * self.image_tokens + text_length
+        return num_images * vit.forward_flops(self.img, self.image_size) + gemma.forward_flops(
+            self.llm, length, text_length
+        )
 
 
 def unstack_layers(params: dict) -> dict:
-  """Parameters for `prefill` and `decode_step`: the decoder's layers one by one. Copies them: do it once."""
-  return {**params, 'llm': gemma.unstack_layers(params['llm'])}
+    """Parameters for `prefill` and `decode_step`: the decoder's layers one by one. Copies them: do it once."""
+    return {**params, 'llm': gemma.unstack_layers(params['llm'])}
 
 
 def from_config(model: config.Model, *, image_size: int, vocab_size: int) -> PaliGemma:
-  """The model of a validated `config.Model`. The image tower's pool is always 'none': the decoder reads the patches.
+    """The model of a validated `config.Model`. The image tower's pool is always 'none': the decoder reads the patches.
 
-  Raises UserError for unknown variants and sizes that do not divide.
-  """
-  shared = dict(dtype=jnp.dtype(model.dtype), remat=model.remat, scan=model.scan)
-  fields = lambda section: {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
-  decoder = gemma.Gemma(vocab_size=vocab_size, **fields(model.decoder), **shared)
-  image = vit.ViT(**(fields(model.image) | {'pool': 'none'}), head=decoder.sizes['width'], **shared)
-  _ = image.sizes
-  return PaliGemma(image, decoder, image_size)
+    Raises UserError for unknown variants and sizes that do not divide.
+    """
+    shared = dict(dtype=jnp.dtype(model.dtype), remat=model.remat, scan=model.scan)
+    decoder = gemma.Gemma(vocab_size=vocab_size, **dataclasses.asdict(model.decoder), **shared)
+    image = vit.ViT(**(dataclasses.asdict(model.image) | {'pool': 'none'}), head=decoder.sizes['width'], **shared)
+    _ = image.sizes
+    return PaliGemma(image, decoder, image_size)

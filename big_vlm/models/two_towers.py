@@ -18,101 +18,97 @@ from big_vlm.models import text_towers, vit
 
 @dataclasses.dataclass(frozen=True)
 class TwoTowers:
-  """An image tower and a text tower that end in vectors of the same width E.
+    """An image tower and a text tower that end in vectors of the same width E.
 
-  Attributes:
-    img: a Linen module, image float [B,H,W,3] -> (z [B,E], out).
-    txt: a Linen module, (text int32 [B,T], mask) -> (z [B,E], out).
-    image_size: pixels per side, for `init` and FLOPs.
-    text_length: T.
-    init_t: log of the initial temperature.
-    init_b: initial bias.
-  """
-
-  img: nn.Module
-  txt: nn.Module
-  image_size: int
-  text_length: int
-  init_t: float = math.log(10.0)
-  init_b: float = -10.0
-
-  def init(self, rng: jax.Array) -> dict:
-    """Fresh float32 parameters. Use under `jax.jit` or `jax.eval_shape`."""
-    img_rng, txt_rng = jax.random.split(rng)
-    image = jnp.zeros((1, self.image_size, self.image_size, 3), jnp.float32)
-    text = jnp.zeros((1, self.text_length), jnp.int32)
-    return {
-      'img': self.img.init(img_rng, image)['params'],
-      'txt': self.txt.init(txt_rng, text, jnp.ones(text.shape, bool))['params'],
-      # The dtype is explicit: a weakly typed scalar would make every jitted step compile twice.
-      't': jnp.full((1,), self.init_t, jnp.float32),
-      'b': jnp.full((1,), self.init_b, jnp.float32),
-    }
-
-  def apply(
-    self,
-    params: dict,
-    image: jax.Array | None = None,
-    text: jax.Array | None = None,
-    text_mask: jax.Array | None = None,
-    *,
-    train: bool = False,
-    rng: jax.Array | None = None,
-  ) -> tuple[jax.Array | None, jax.Array | None, dict]:
-    """Embeds what is given.
-
-    Args:
-      params: only the subtrees of the given inputs are needed (and 't', 'b' if present are passed on).
-      image: float [B,H,W,3] in the model's value range, or None.
-      text: int32 [B,T], or None.
-      text_mask: bool [B,T], for a text tower that masks.
-      train: dropout on; then `rng` is needed if there is any.
-      rng: key for the dropout.
-
-    Returns:
-      (zimg float32 [B,E] or None, ztxt float32 [B,E] or None, out), each row of length 1. `out` has 't' and 'b' as
-      stored (logits are zimg ztxt^T exp(t) + b), the towers' own intermediates under 'img/...' and 'txt/...', and the
-      lengths before normalisation, 'img/norm' and 'txt/norm' [B,1].
+    Attributes:
+      img: a Linen module, image float [B,H,W,3] -> (z [B,E], out).
+      txt: a Linen module, (text int32 [B,T], mask) -> (z [B,E], out).
+      image_size: pixels per side, for `init` and FLOPs.
+      text_length: T.
+      init_t: log of the initial temperature.
+      init_b: initial bias.
     """
-    out = {name: params[name] for name in ('t', 'b') if name in params}
-    rngs = {'img': None, 'txt': None}
-    if rng is not None:
-      rngs = {'img': {'dropout': jax.random.fold_in(rng, 0)}, 'txt': {'dropout': jax.random.fold_in(rng, 1)}}
-    z = {'img': None, 'txt': None}
-    for name, tower, inputs in (('img', self.img, (image,)), ('txt', self.txt, (text, text_mask))):
-      if inputs[0] is None:
-        continue
-      z[name], tower_out = tower.apply({'params': params[name]}, *inputs, train=train, rngs=rngs[name])
-      z[name] = z[name].astype(jnp.float32)
-      out |= {f'{name}/{key}': value for key, value in tower_out.items()}
-      out[f'{name}/norm'] = jnp.linalg.norm(z[name], axis=-1, keepdims=True)
-      z[name] = z[name] / (out[f'{name}/norm'] + 1e-8)
-    return z['img'], z['txt'], out
 
-  def forward_flops(self) -> float:
-    """Model FLOPs of one image-text pair's forward pass; pair logits are not counted, they depend on the batch."""
-    return vit.forward_flops(self.img, self.image_size) + text_towers.forward_flops(self.txt, self.text_length)
+    img: nn.Module
+    txt: nn.Module
+    image_size: int
+    text_length: int
+    init_t: float = math.log(10.0)
+    init_b: float = -10.0
+
+    def init(self, rng: jax.Array) -> dict:
+        """Fresh float32 parameters. Use under `jax.jit` or `jax.eval_shape`."""
+        img_rng, txt_rng = jax.random.split(rng)
+        image = jnp.zeros((1, self.image_size, self.image_size, 3), jnp.float32)
+        text = jnp.zeros((1, self.text_length), jnp.int32)
+        return {
+            'img': self.img.init(img_rng, image)['params'],
+            'txt': self.txt.init(txt_rng, text, jnp.ones(text.shape, bool))['params'],
+            # The dtype is explicit: a weakly typed scalar would make every jitted step compile twice.
+            't': jnp.full((1,), self.init_t, jnp.float32),
+            'b': jnp.full((1,), self.init_b, jnp.float32),
+        }
+
+    def apply(
+        self,
+        params: dict,
+        image: jax.Array | None = None,
+        text: jax.Array | None = None,
+        text_mask: jax.Array | None = None,
+        *,
+        train: bool = False,
+        rng: jax.Array | None = None,
+    ) -> tuple[jax.Array | None, jax.Array | None, dict]:
+        """Embeds what is given.
+
+        Args:
+          params: only the subtrees of the given inputs are needed (and 't', 'b' if present are passed on).
+          image: float [B,H,W,3] in the model's value range, or None.
+          text: int32 [B,T], or None.
+          text_mask: bool [B,T], for a text tower that masks.
+          train: dropout on; then `rng` is needed if there is any.
+          rng: key for the dropout.
+
+        Returns:
+          (zimg float32 [B,E] or None, ztxt float32 [B,E] or None, out), each row of length 1. `out` has 't' and 'b' as
+          stored (logits are zimg ztxt^T exp(t) + b), the towers' own intermediates under 'img/...' and 'txt/...', and the
+          lengths before normalisation, 'img/norm' and 'txt/norm' [B,1].
+        """
+        out = {name: params[name] for name in ('t', 'b') if name in params}
+        rngs = {'img': None, 'txt': None}
+        if rng is not None:
+            rngs = {'img': {'dropout': jax.random.fold_in(rng, 0)}, 'txt': {'dropout': jax.random.fold_in(rng, 1)}}
+        z = {'img': None, 'txt': None}
+        for name, tower, inputs in (('img', self.img, (image,)), ('txt', self.txt, (text, text_mask))):
+            if inputs[0] is None:
+                continue
+            z[name], tower_out = tower.apply({'params': params[name]}, *inputs, train=train, rngs=rngs[name])
+            z[name] = z[name].astype(jnp.float32)
+            out |= {f'{name}/{key}': value for key, value in tower_out.items()}
+            out[f'{name}/norm'] = jnp.linalg.norm(z[name], axis=-1, keepdims=True)
+            z[name] = z[name] / (out[f'{name}/norm'] + 1e-8)
+        return z['img'], z['txt'], out
+
+    def forward_flops(self) -> float:
+        """Model FLOPs of one image-text pair's forward pass; pair logits are not counted, they depend on the batch."""
+        return vit.forward_flops(self.img, self.image_size) + text_towers.forward_flops(self.txt, self.text_length)
 
 
 def from_config(model: config.Model, *, image_size: int, text_length: int, vocab_size: int) -> TwoTowers:
-  """The model of a validated `config.Model`. An image tower as wide as E gets no head, as SigLIP's.
+    """The model of a validated `config.Model`. An image tower as wide as E gets no head, as SigLIP's.
 
-  Raises UserError for unknown variants, pools, positions, and sizes that do not divide.
-  """
-  shared = dict(dtype=jnp.dtype(model.dtype), remat=model.remat, scan=model.scan)
-  image = vit.ViT(**_fields(model.image), **shared)
-  width = image.sizes['width']
-  embed_dim = model.embed_dim or width
-  if image.pool == 'none':
-    raise config.UserError("the image tower of a contrastive model needs a pool: 'map', 'gap' or 'tok', not 'none'")
-  if embed_dim != width:
-    image = image.clone(head=embed_dim)
-  text = text_towers.TextTransformer(
-    vocab_size=vocab_size, embed_dim=embed_dim, **_fields(model.text), **shared
-  )
-  _ = text.sizes
-  return TwoTowers(image, text, image_size, text_length, model.init_t, model.init_b)
-
-
-def _fields(section) -> dict:
-  return {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+    Raises UserError for unknown variants, pools, positions, and sizes that do not divide.
+    """
+    shared = dict(dtype=jnp.dtype(model.dtype), remat=model.remat, scan=model.scan)
+    image = vit.ViT(**dataclasses.asdict(model.image), **shared)
+    width = image.sizes['width']
+    embed_dim = model.embed_dim or width
+    if image.pool == 'none':
+        raise config.UserError("the image tower of a contrastive model needs a pool: 'map', 'gap' or 'tok', not 'none'")
+    if embed_dim != width:
+        image = image.clone(head=embed_dim)
+    text = text_towers.TextTransformer(
+        vocab_size=vocab_size, embed_dim=embed_dim, **dataclasses.asdict(model.text), **shared
+    )
+    _ = text.sizes
+    return TwoTowers(image, text, image_size, text_length, model.init_t, model.init_b)

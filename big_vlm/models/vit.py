@@ -1,11 +1,13 @@
 """The Vision Transformer under big_vision's parameter names: image in, pooled vector or patch tokens out.
 
-Axes: B batch, T query, S key, N heads, H head dim, D width, F mlp width, L layers, P patches. Layers are scanned, so that
-the parameters of `Transformer/encoderblock` carry a leading L. Papers: ViT (arXiv 2010.11929), scaled variants and MAP
+Axes: B batch, T query, S key, N heads, H head dim, D width, F mlp width, L layers, P patches. Layers are scanned: the
+parameters of `Transformer/encoderblock` carry a leading L. Papers: ViT (arXiv 2010.11929), scaled variants and MAP
 head (arXiv 2106.04560), So400m (arXiv 2305.13035), sincos2d (arXiv 2205.01580).
 """
 
 from __future__ import annotations
+
+import functools
 
 import einops
 import flax.linen as nn
@@ -18,19 +20,19 @@ from big_vlm.ops.attention import attention
 
 #              width depth mlp_dim heads
 _VARIANTS = {
-  'mu': (32, 1, 128, 2),
-  'Ti': (192, 12, 768, 3),
-  'S': (384, 12, 1536, 6),
-  'M': (512, 12, 2048, 8),
-  'B': (768, 12, 3072, 12),
-  'L': (1024, 24, 4096, 16),
-  'So400m': (1152, 27, 4304, 16),
-  'H': (1280, 32, 5120, 16),
-  'g': (1408, 40, 6144, 16),
-  'g-opt': (1536, 40, 6144, 16),
-  'G': (1664, 48, 8192, 16),
-  'G-opt': (1536, 48, 8192, 16),
-  'e': (1792, 56, 15360, 16),
+    'mu': (32, 1, 128, 2),
+    'Ti': (192, 12, 768, 3),
+    'S': (384, 12, 1536, 6),
+    'M': (512, 12, 2048, 8),
+    'B': (768, 12, 3072, 12),
+    'L': (1024, 24, 4096, 16),
+    'So400m': (1152, 27, 4304, 16),
+    'H': (1280, 32, 5120, 16),
+    'g': (1408, 40, 6144, 16),
+    'g-opt': (1536, 40, 6144, 16),
+    'G': (1664, 48, 8192, 16),
+    'G-opt': (1536, 48, 8192, 16),
+    'e': (1792, 56, 15360, 16),
 }
 
 POOLS = ('map', 'gap', 'tok', 'none')
@@ -39,251 +41,253 @@ REMATS = ('none', 'full')
 
 
 def decode_variant(variant: str) -> dict[str, int]:
-  """'So400m/14' -> {'width': 1152, 'depth': 27, 'mlp_dim': 4304, 'num_heads': 16, 'patch_size': 14}.
+    """'So400m/14' -> {'width': 1152, 'depth': 27, 'mlp_dim': 4304, 'num_heads': 16, 'patch_size': 14}.
 
-  Without '/14' there is no 'patch_size'. Raises UserError for an unknown name or a patch size that is no number.
-  """
-  name, _, patch = variant.partition('/')
-  if name not in _VARIANTS:
-    raise unknown('ViT variant', name, _VARIANTS)
-  sizes = dict(zip(('width', 'depth', 'mlp_dim', 'num_heads'), _VARIANTS[name], strict=True))
-  if '/' in variant:
-    if not patch.isdecimal() or not int(patch):
-      raise UserError(f"ViT variant {variant!r}: the patch size after '/' must be a positive number, as in 'B/16'")
-    sizes['patch_size'] = int(patch)
-  return sizes
+    Without '/14' there is no 'patch_size'. Raises UserError for an unknown name or a patch size that is no number.
+    """
+    name, _, patch = variant.partition('/')
+    if name not in _VARIANTS:
+        raise unknown('ViT variant', name, _VARIANTS)
+    sizes = dict(zip(('width', 'depth', 'mlp_dim', 'num_heads'), _VARIANTS[name], strict=True))
+    if '/' in variant:
+        if not patch.isdecimal() or not int(patch):
+            raise UserError(
+                f"ViT variant {variant!r}: the patch size after '/' must be a positive number, as in 'B/16'"
+            )
+        sizes['patch_size'] = int(patch)
+    return sizes
 
 
 def resolve(variant: str, *, width: int, depth: int, mlp_dim: int, num_heads: int) -> dict[str, int]:
-  """The variant's sizes, with every one that is given (not 0) in its place. Raises UserError if heads do not divide."""
-  sizes = decode_variant(variant)
-  given = {'width': width, 'depth': depth, 'mlp_dim': mlp_dim, 'num_heads': num_heads}
-  sizes |= {name: size for name, size in given.items() if size}
-  if sizes['width'] % sizes['num_heads']:
-    raise UserError(
-      f'ViT variant {variant!r}: width {sizes["width"]} is not a multiple of num_heads {sizes["num_heads"]}'
-    )
-  return sizes
+    """The variant's sizes, with every one that is given (not 0) in its place. Raises UserError if heads do not divide."""
+    sizes = decode_variant(variant)
+    given = {'width': width, 'depth': depth, 'mlp_dim': mlp_dim, 'num_heads': num_heads}
+    sizes |= {name: size for name, size in given.items() if size}
+    if sizes['width'] % sizes['num_heads']:
+        raise UserError(
+            f'ViT variant {variant!r}: width {sizes["width"]} is not a multiple of num_heads {sizes["num_heads"]}'
+        )
+    return sizes
 
 
 def sincos2d(height: int, width: int, dim: int, temperature: float = 10_000.0) -> np.ndarray:
-  """Fixed position embedding float32 [1, height * width, dim]: sin x, cos x, sin y, cos y. `dim` a multiple of 4, >= 8."""
-  if dim % 4 or dim < 8:
-    raise UserError(f"position='sincos2d' needs a width that is a multiple of 4 and at least 8, got {dim}")
-  y, x = np.mgrid[:height, :width]
-  omega = temperature ** -(np.arange(dim // 4) / (dim // 4 - 1))
-  y, x = y.reshape(-1, 1) * omega, x.reshape(-1, 1) * omega
-  return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1).astype(np.float32)[None]
+    """Fixed position embedding float32 [1, height * width, dim]: sin x, cos x, sin y, cos y. `dim` divides by 4."""
+    if dim % 4 or dim < 8:
+        raise UserError(f"position='sincos2d' needs a width that is a multiple of 4 and at least 8, got {dim}")
+    y, x = np.mgrid[:height, :width]
+    omega = temperature ** -(np.arange(dim // 4) / (dim // 4 - 1))
+    y, x = y.reshape(-1, 1) * omega, x.reshape(-1, 1) * omega
+    return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1).astype(np.float32)[None]
 
 
 class PatchEmbedding(nn.Module):
-  """A VALID convolution whose stride is its kernel, written as one matrix product; pixels left over are not seen."""
+    """A VALID convolution whose stride is its kernel, written as one matrix product; pixels left over are not seen."""
 
-  width: int
-  patch_size: int
-  dtype: jnp.dtype
+    width: int
+    patch_size: int
+    dtype: jnp.dtype
 
-  @nn.compact
-  def __call__(self, image):
-    p = self.patch_size
-    kernel = self.param('kernel', nn.initializers.lecun_normal(), (p, p, image.shape[-1], self.width))
-    bias = self.param('bias', nn.initializers.zeros, (self.width,))
-    height, width = image.shape[1] // p, image.shape[2] // p
-    x = image[:, : height * p, : width * p].astype(self.dtype)
-    x = einops.rearrange(x, 'B (h p) (w q) C -> B (h w) (p q C)', p=p, q=p)
-    return x @ kernel.reshape(-1, self.width).astype(self.dtype) + bias.astype(self.dtype), (height, width)
+    @nn.compact
+    def __call__(self, image):
+        p = self.patch_size
+        kernel = self.param('kernel', nn.initializers.lecun_normal(), (p, p, image.shape[-1], self.width))
+        bias = self.param('bias', nn.initializers.zeros, (self.width,))
+        height, width = image.shape[1] // p, image.shape[2] // p
+        x = image[:, : height * p, : width * p].astype(self.dtype)
+        x = einops.rearrange(x, 'B (h p) (w q) C -> B (h w) (p q C)', p=p, q=p)
+        return x @ kernel.reshape(-1, self.width).astype(self.dtype) + bias.astype(self.dtype), (height, width)
 
 
 class MlpBlock(nn.Module):
-  mlp_dim: int
-  dropout: float
-  dtype: jnp.dtype
+    mlp_dim: int
+    dropout: float
+    dtype: jnp.dtype
 
-  @nn.compact
-  def __call__(self, x, train):
-    inits = dict(kernel_init=nn.initializers.xavier_uniform(), bias_init=nn.initializers.normal(1e-6))
-    width = x.shape[-1]
-    x = nn.Dense(self.mlp_dim, dtype=self.dtype, name='Dense_0', **inits)(x)
-    x = nn.gelu(x, approximate=True)
-    x = nn.Dropout(self.dropout, deterministic=not train)(x)
-    return nn.Dense(width, dtype=self.dtype, name='Dense_1', **inits)(x)
+    @nn.compact
+    def __call__(self, x, train):
+        inits = dict(kernel_init=nn.initializers.xavier_uniform(), bias_init=nn.initializers.normal(1e-6))
+        width = x.shape[-1]
+        x = nn.Dense(self.mlp_dim, dtype=self.dtype, name='Dense_0', **inits)(x)
+        x = nn.gelu(x, approximate=True)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return nn.Dense(width, dtype=self.dtype, name='Dense_1', **inits)(x)
 
 
 class MultiHeadAttention(nn.Module):
-  """Queries from `x` [B,T,D], keys and values from `y` [B,S,D]."""
+    """Queries from `x` [B,T,D], keys and values from `y` [B,S,D]."""
 
-  num_heads: int
-  dtype: jnp.dtype
+    num_heads: int
+    dtype: jnp.dtype
 
-  @nn.compact
-  def __call__(self, x, y, mask=None):
-    width = x.shape[-1]
-    head_dim = width // self.num_heads
-    inits = dict(kernel_init=nn.initializers.xavier_uniform(), dtype=self.dtype)
-    heads = lambda name: nn.DenseGeneral((self.num_heads, head_dim), name=name, **inits)
-    q, k, v = heads('query')(x), heads('key')(y), heads('value')(y)
-    z, _ = attention(q, k, v, mask, scale=head_dim**-0.5)
-    return nn.DenseGeneral(width, axis=(-2, -1), name='out', **inits)(z)
+    @nn.compact
+    def __call__(self, x, y, mask=None):
+        width = x.shape[-1]
+        head_dim = width // self.num_heads
+        inits = dict(kernel_init=nn.initializers.xavier_uniform(), dtype=self.dtype)
+        heads = functools.partial(nn.DenseGeneral, (self.num_heads, head_dim), **inits)
+        q, k, v = heads(name='query')(x), heads(name='key')(y), heads(name='value')(y)
+        z, _ = attention(q, k, v, mask, scale=head_dim**-0.5)
+        return nn.DenseGeneral(width, axis=(-2, -1), name='out', **inits)(z)
 
 
 class EncoderBlock(nn.Module):
-  mlp_dim: int
-  num_heads: int
-  dropout: float
-  dtype: jnp.dtype
-  train: bool
+    mlp_dim: int
+    num_heads: int
+    dropout: float
+    dtype: jnp.dtype
+    train: bool
 
-  @nn.compact
-  def __call__(self, x, mask):
-    norm = lambda name: nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=name)
-    drop = nn.Dropout(self.dropout, deterministic=not self.train)
-    y = norm('LayerNorm_0')(x)
-    y = MultiHeadAttention(self.num_heads, self.dtype, name='MultiHeadDotProductAttention_0')(y, y, mask)
-    x = x + drop(y)
-    y = norm('LayerNorm_1')(x)
-    y = MlpBlock(self.mlp_dim, self.dropout, self.dtype, name='MlpBlock_0')(y, self.train)
-    x = x + drop(y)
-    return x, x
+    @nn.compact
+    def __call__(self, x, mask):
+        norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
+        drop = nn.Dropout(self.dropout, deterministic=not self.train)
+        y = norm(name='LayerNorm_0')(x)
+        y = MultiHeadAttention(self.num_heads, self.dtype, name='MultiHeadDotProductAttention_0')(y, y, mask)
+        x = x + drop(y)
+        y = norm(name='LayerNorm_1')(x)
+        y = MlpBlock(self.mlp_dim, self.dropout, self.dtype, name='MlpBlock_0')(y, self.train)
+        x = x + drop(y)
+        return x, x
 
 
 class Encoder(nn.Module):
-  """`depth` scanned blocks and a final norm: [B,T,D] -> ([B,T,D], every block's output [L,B,T,D])."""
+    """`depth` scanned blocks and a final norm: [B,T,D] -> ([B,T,D], every block's output [L,B,T,D])."""
 
-  depth: int
-  mlp_dim: int
-  num_heads: int
-  dropout: float = 0.0
-  dtype: jnp.dtype = jnp.float32
-  remat: str = 'none'
-  scan: bool = True
+    depth: int
+    mlp_dim: int
+    num_heads: int
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+    remat: str = 'none'
+    scan: bool = True
 
-  @nn.compact
-  def __call__(self, x, mask=None, *, train=False):
-    block = EncoderBlock
-    if self.remat == 'full':
-      # Inside a scan XLA cannot undo the recomputation; unrolled it can, and must be kept from it.
-      block = nn.remat(block, prevent_cse=not self.scan)
-    layers = nn.scan(
-      block,
-      variable_axes={'params': 0},
-      split_rngs={'params': True, 'dropout': True},
-      in_axes=nn.broadcast,
-      length=self.depth,
-      unroll=1 if self.scan else self.depth,
-    )
-    layers = layers(self.mlp_dim, self.num_heads, self.dropout, self.dtype, train, name='encoderblock')
-    x, blocks = layers(x, mask)
-    return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='encoder_norm')(x), blocks
+    @nn.compact
+    def __call__(self, x, mask=None, *, train=False):
+        block = EncoderBlock
+        if self.remat == 'full':
+            # Inside a scan XLA cannot undo the recomputation; unrolled it can, and must be kept from it.
+            block = nn.remat(block, prevent_cse=not self.scan)
+        layers = nn.scan(
+            block,
+            variable_axes={'params': 0},
+            split_rngs={'params': True, 'dropout': True},
+            in_axes=nn.broadcast,
+            length=self.depth,
+            unroll=1 if self.scan else self.depth,
+        )
+        layers = layers(self.mlp_dim, self.num_heads, self.dropout, self.dtype, train, name='encoderblock')
+        x, blocks = layers(x, mask)
+        return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='encoder_norm')(x), blocks
 
 
 class MAPHead(nn.Module):
-  """Multihead attention pooling: a learned query attends to the tokens. [B,S,D] -> [B,D]."""
+    """Multihead attention pooling: a learned query attends to the tokens. [B,S,D] -> [B,D]."""
 
-  mlp_dim: int
-  num_heads: int
-  dtype: jnp.dtype
+    mlp_dim: int
+    num_heads: int
+    dtype: jnp.dtype
 
-  @nn.compact
-  def __call__(self, x, mask=None):
-    probe = self.param('probe', nn.initializers.xavier_uniform(), (1, 1, x.shape[-1]))
-    probe = jnp.broadcast_to(probe.astype(self.dtype), (x.shape[0], 1, x.shape[-1]))
-    x = MultiHeadAttention(self.num_heads, self.dtype, name='MultiHeadDotProductAttention_0')(probe, x, mask)
-    y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='LayerNorm_0')(x)
-    x = x + MlpBlock(self.mlp_dim, 0.0, self.dtype, name='MlpBlock_0')(y, False)
-    return x[:, 0]
+    @nn.compact
+    def __call__(self, x, mask=None):
+        probe = self.param('probe', nn.initializers.xavier_uniform(), (1, 1, x.shape[-1]))
+        probe = jnp.broadcast_to(probe.astype(self.dtype), (x.shape[0], 1, x.shape[-1]))
+        x = MultiHeadAttention(self.num_heads, self.dtype, name='MultiHeadDotProductAttention_0')(probe, x, mask)
+        y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name='LayerNorm_0')(x)
+        x = x + MlpBlock(self.mlp_dim, 0.0, self.dtype, name='MlpBlock_0')(y, False)
+        return x[:, 0]
 
 
 class ViT(nn.Module):
-  """Image float [B,H,W,3] in the model's value range -> (x, out).
+    """Image float [B,H,W,3] in the model's value range -> (x, out).
 
-  Sizes of 0 are the variant's. `x` is [B,D], or [B,P,D] with pool='none'; `head` > 0 adds a projection to [..., head].
-  `out` holds 'stem' [B,P,D] (patches before positions), 'blocks' [L,B,T,D] (each block's output; T = P, or 1 + P with
-  pool='tok'), 'encoded' [B,P,D] (after the final norm) and 'pooled' (before the head).
+    Sizes of 0 are the variant's. `x` is [B,D], or [B,P,D] with pool='none'; `head` > 0 adds a projection to [..., head].
+    `out` holds 'stem' [B,P,D] (patches before positions), 'blocks' [L,B,T,D] (each block's output; T = P, or 1 + P with
+    pool='tok'), 'encoded' [B,P,D] (after the final norm) and 'pooled' (before the head).
 
-  Attributes:
-    pool: 'map', 'gap' (mean), 'tok' (a class token) or 'none'.
-    position: 'learn' (one embedding per patch) or 'sincos2d' (fixed).
-    dtype: of the arithmetic; parameters are float32.
-    remat: 'none' or 'full' (every block's inside is recomputed in the backward pass).
-    scan: False unrolls the loop over layers: the same parameters, longer compilation.
-  """
+    Attributes:
+      pool: 'map', 'gap' (mean), 'tok' (a class token) or 'none'.
+      position: 'learn' (one embedding per patch) or 'sincos2d' (fixed).
+      dtype: of the arithmetic; parameters are float32.
+      remat: 'none' or 'full' (every block's inside is recomputed in the backward pass).
+      scan: False unrolls the loop over layers: the same parameters, longer compilation.
+    """
 
-  variant: str = 'B/16'
-  width: int = 0
-  depth: int = 0
-  mlp_dim: int = 0
-  num_heads: int = 0
-  pool: str = 'map'
-  position: str = 'learn'
-  head: int = 0
-  dropout: float = 0.0
-  dtype: jnp.dtype = jnp.float32
-  remat: str = 'none'
-  scan: bool = True
+    variant: str = 'B/16'
+    width: int = 0
+    depth: int = 0
+    mlp_dim: int = 0
+    num_heads: int = 0
+    pool: str = 'map'
+    position: str = 'learn'
+    head: int = 0
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+    remat: str = 'none'
+    scan: bool = True
 
-  @property
-  def sizes(self) -> dict[str, int]:
-    """width, depth, mlp_dim, num_heads, patch_size. Raises UserError for names and sizes that cannot be."""
-    for kind, name, valid in (('pool', self.pool, POOLS), ('position', self.position, POSITIONS)):
-      if name not in valid:
-        raise unknown(kind, name, valid, 'image tower')
-    if self.remat not in REMATS:
-      raise unknown('remat', self.remat, REMATS)
-    sizes = resolve(
-      self.variant, width=self.width, depth=self.depth, mlp_dim=self.mlp_dim, num_heads=self.num_heads
-    )
-    if 'patch_size' not in sizes:
-      raise UserError(f"ViT variant {self.variant!r} lacks a patch size: write '{self.variant}/16'")
-    return sizes
+    @property
+    def sizes(self) -> dict[str, int]:
+        """width, depth, mlp_dim, num_heads, patch_size. Raises UserError for names and sizes that cannot be."""
+        for kind, name, valid in (('pool', self.pool, POOLS), ('position', self.position, POSITIONS)):
+            if name not in valid:
+                raise unknown(kind, name, valid, 'image tower')
+        if self.remat not in REMATS:
+            raise unknown('remat', self.remat, REMATS)
+        sizes = resolve(
+            self.variant, width=self.width, depth=self.depth, mlp_dim=self.mlp_dim, num_heads=self.num_heads
+        )
+        if 'patch_size' not in sizes:
+            raise UserError(f"ViT variant {self.variant!r} lacks a patch size: write '{self.variant}/16'")
+        return sizes
 
-  @nn.compact
-  def __call__(self, image: jax.Array, *, train: bool = False) -> tuple[jax.Array, dict[str, jax.Array]]:
-    sizes = self.sizes
-    width, heads, mlp_dim = sizes['width'], sizes['num_heads'], sizes['mlp_dim']
-    x, grid = PatchEmbedding(width, sizes['patch_size'], self.dtype, name='embedding')(image)
-    out = {'stem': x}
-    if self.position == 'learn':
-      posemb = self.param('pos_embedding', nn.initializers.normal(width**-0.5), (1, x.shape[1], width))
-    else:
-      posemb = jnp.asarray(sincos2d(*grid, width))
-    x = x + posemb.astype(self.dtype)
-    if self.pool == 'tok':
-      cls = self.param('cls', nn.initializers.zeros, (1, 1, width))
-      x = jnp.concatenate([jnp.broadcast_to(cls.astype(self.dtype), (x.shape[0], 1, width)), x], axis=1)
-    x = nn.Dropout(self.dropout, deterministic=not train)(x)
-    x, out['blocks'] = Encoder(
-      sizes['depth'], mlp_dim, heads, self.dropout, self.dtype, self.remat, self.scan, name='Transformer'
-    )(x, train=train)
-    out['encoded'] = x[:, 1:] if self.pool == 'tok' else x
-    if self.pool == 'map':
-      x = MAPHead(mlp_dim, heads, self.dtype, name='MAPHead_0')(x)
-    elif self.pool == 'gap':
-      x = jnp.mean(x, axis=1)
-    elif self.pool == 'tok':
-      x = x[:, 0]
-    out['pooled'] = x
-    if self.head:
-      x = nn.Dense(self.head, dtype=self.dtype, name='head')(x)
-    return x, out
+    @nn.compact
+    def __call__(self, image: jax.Array, *, train: bool = False) -> tuple[jax.Array, dict[str, jax.Array]]:
+        sizes = self.sizes
+        width, heads, mlp_dim = sizes['width'], sizes['num_heads'], sizes['mlp_dim']
+        x, grid = PatchEmbedding(width, sizes['patch_size'], self.dtype, name='embedding')(image)
+        out = {'stem': x}
+        if self.position == 'learn':
+            posemb = self.param('pos_embedding', nn.initializers.normal(width**-0.5), (1, x.shape[1], width))
+        else:
+            posemb = jnp.asarray(sincos2d(*grid, width))
+        x = x + posemb.astype(self.dtype)
+        if self.pool == 'tok':
+            cls = self.param('cls', nn.initializers.zeros, (1, 1, width))
+            x = jnp.concatenate([jnp.broadcast_to(cls.astype(self.dtype), (x.shape[0], 1, width)), x], axis=1)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x, out['blocks'] = Encoder(
+            sizes['depth'], mlp_dim, heads, self.dropout, self.dtype, self.remat, self.scan, name='Transformer'
+        )(x, train=train)
+        out['encoded'] = x[:, 1:] if self.pool == 'tok' else x
+        if self.pool == 'map':
+            x = MAPHead(mlp_dim, heads, self.dtype, name='MAPHead_0')(x)
+        elif self.pool == 'gap':
+            x = jnp.mean(x, axis=1)
+        elif self.pool == 'tok':
+            x = x[:, 0]
+        out['pooled'] = x
+        if self.head:
+            x = nn.Dense(self.head, dtype=self.dtype, name='head')(x)
+        return x, out
 
 
 def encoder_flops(depth: int, width: int, mlp_dim: int, length: int) -> float:
-  """Multiply-adds count twice; attention counts every query-key pair; norms, softmax and biases count nothing."""
-  per_token = 2 * (4 * width * width + 2 * width * mlp_dim) + 4 * length * width
-  return float(depth * length * per_token)
+    """Multiply-adds count twice; attention counts every query-key pair; norms, softmax and biases count nothing."""
+    per_token = 2 * (4 * width * width + 2 * width * mlp_dim) + 4 * length * width
+    return float(depth * length * per_token)
 
 
 def map_head_flops(width: int, mlp_dim: int, length: int) -> float:
-  """One query: its projections and MLP, and the keys and values of `length` tokens."""
-  return float(2 * (2 * width * width + 2 * width * mlp_dim) + length * (4 * width * width + 4 * width))
+    """One query: its projections and MLP, and the keys and values of `length` tokens."""
+    return float(2 * (2 * width * width + 2 * width * mlp_dim) + length * (4 * width * width + 4 * width))
 
 
 def forward_flops(model: ViT, image_size: int) -> float:
-  """Model FLOPs of one image's forward pass (for MFU: times 3 with the backward pass)."""
-  s = model.sizes
-  width, mlp_dim, patches = s['width'], s['mlp_dim'], (image_size // s['patch_size']) ** 2
-  flops = 2.0 * patches * 3 * s['patch_size'] ** 2 * width
-  flops += encoder_flops(s['depth'], width, mlp_dim, patches + (model.pool == 'tok'))
-  if model.pool == 'map':
-    flops += map_head_flops(width, mlp_dim, patches)
-  return flops + 2.0 * width * model.head * (patches if model.pool == 'none' else 1)
+    """Model FLOPs of one image's forward pass (for MFU: times 3 with the backward pass)."""
+    s = model.sizes
+    width, mlp_dim, patches = s['width'], s['mlp_dim'], (image_size // s['patch_size']) ** 2
+    flops = 2.0 * patches * 3 * s['patch_size'] ** 2 * width
+    flops += encoder_flops(s['depth'], width, mlp_dim, patches + (model.pool == 'tok'))
+    if model.pool == 'map':
+        flops += map_head_flops(width, mlp_dim, patches)
+    return flops + 2.0 * width * model.head * (patches if model.pool == 'none' else 1)

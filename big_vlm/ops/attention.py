@@ -11,39 +11,39 @@ import jax.numpy as jnp
 
 
 def attention(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  mask: jax.Array | None,
-  *,
-  scale: float,
-  softcap: float = 0.0,
-  weights: bool = False,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    weights: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-  """softmax(mask(softcap(scale * q k^T))) v.
+    """softmax(mask(softcap(scale * q k^T))) v.
 
-  Query head n uses kv head n // (N / K). A query whose mask is all False gets the mean of all values: finite, and
-  meaningless.
+    Query head n uses kv head n // (N / K). A query whose mask is all False gets the mean of all values: finite, and
+    meaningless.
 
-  Args:
-    q: [B, T, N, H].
-    k: [B, S, K, H], K divides N.
-    v: [B, S, K, H].
-    mask: bool [B, T, S] (or [B, 1, S]), True where the query sees the key; None: everywhere.
-    scale: multiplies the logits, normally H^-0.5.
-    softcap: 0 for none; applied before the mask.
-    weights: also return the attention weights.
+    Args:
+      q: [B, T, N, H].
+      k: [B, S, K, H], K divides N.
+      v: [B, S, K, H].
+      mask: bool [B, T, S] (or [B, 1, S]), True where the query sees the key; None: everywhere.
+      scale: multiplies the logits, normally H^-0.5.
+      softcap: 0 for none; applied before the mask.
+      weights: also return the attention weights.
 
-  Returns:
-    (out [B, T, N, H] in the dtype of `v`, weights float32 [B, N, T, S] or None).
-  """
-  q = einops.rearrange(q, 'B T (K G) H -> B T K G H', K=k.shape[2])
-  logits = jnp.einsum('BTKGH,BSKH->BKGTS', q, k, preferred_element_type=jnp.float32) * scale
-  if softcap:
-    logits = softcap * jnp.tanh(logits / softcap)
-  if mask is not None:
-    logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
-  probs = jax.nn.softmax(logits, axis=-1)
-  out = jnp.einsum('BKGTS,BSKH->BTKGH', probs.astype(v.dtype), v)
-  out = einops.rearrange(out, 'B T K G H -> B T (K G) H')
-  return out, (einops.rearrange(probs, 'B K G T S -> B (K G) T S') if weights else None)
+    Returns:
+      (out [B, T, N, H] in the dtype of `v`, weights float32 [B, N, T, S] or None).
+    """
+    q = einops.rearrange(q, 'B T (K G) H -> B T K G H', K=k.shape[2])
+    logits = jnp.einsum('BTKGH,BSKH->BKGTS', q, k, preferred_element_type=jnp.float32) * scale
+    if softcap:
+        logits = softcap * jnp.tanh(logits / softcap)
+    if mask is not None:
+        logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    probs = jax.nn.softmax(logits, axis=-1)
+    out = jnp.einsum('BKGTS,BSKH->BTKGH', probs.astype(v.dtype), v)
+    out = einops.rearrange(out, 'B T K G H -> B T (K G) H')
+    return out, (einops.rearrange(probs, 'B K G T S -> B (K G) T S') if weights else None)

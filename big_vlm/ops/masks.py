@@ -7,30 +7,30 @@ import jax.numpy as jnp
 
 
 def attention_mask(segment: jax.Array, mask_ar: jax.Array) -> jax.Array:
-  """The mask of PaliGemma (arXiv 2407.07726, section 3.2.1), for packed rows too.
+    """The mask of PaliGemma (arXiv 2407.07726, section 3.2.1), for packed rows too.
 
-  A query sees a key iff both are real, both belong to the same segment, and
-  `cumsum(mask_ar)[key] <= cumsum(mask_ar)[query]`. A 1 in `mask_ar` therefore starts a new block: earlier tokens do not
-  see it, and it sees all of them. Zeros continue the block of the token before them.
+    A query sees a key iff both are real, both belong to the same segment, and
+    `cumsum(mask_ar)[key] <= cumsum(mask_ar)[query]`. A 1 in `mask_ar` therefore starts a new block: earlier tokens do not
+    see it, and it sees all of them. Zeros continue the block of the token before them.
 
-    segment 1 1 1 1 1 0, mask_ar 0 0 0 1 1 0: three tokens that see each other, then two causal ones, then padding.
+      segment 1 1 1 1 1 0, mask_ar 0 0 0 1 1 0: three tokens that see each other, then two causal ones, then padding.
 
-      key  0 1 2 3 4 5
-      q 0  x x x . . .
-      q 1  x x x . . .
-      q 2  x x x . . .
-      q 3  x x x x . .
-      q 4  x x x x x .
-      q 5  . . . . . .
+        key  0 1 2 3 4 5
+        q 0  x x x . . .
+        q 1  x x x . . .
+        q 2  x x x . . .
+        q 3  x x x x . .
+        q 4  x x x x x .
+        q 5  . . . . . .
 
-  Args:
-    segment: int32 [B, T], 0 for padding, else the number of the packed example.
-    mask_ar: int32 or bool [B, T].
+    Args:
+      segment: int32 [B, T], 0 for padding, else the number of the packed example.
+      mask_ar: int32 or bool [B, T].
 
-  Returns:
-    bool [B, T, T], indexed (row, query, key).
-  """
-  block = jnp.cumsum(mask_ar.astype(jnp.int32), axis=1)
-  earlier = block[:, None, :] <= block[:, :, None]
-  same = (segment[:, None, :] == segment[:, :, None]) & (segment[:, None, :] > 0)
-  return earlier & same
+    Returns:
+      bool [B, T, T], indexed (row, query, key).
+    """
+    block = jnp.cumsum(mask_ar.astype(jnp.int32), axis=1)
+    earlier = block[:, None, :] <= block[:, :, None]
+    same = (segment[:, None, :] == segment[:, :, None]) & (segment[:, None, :] > 0)
+    return earlier & same

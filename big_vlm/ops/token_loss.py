@@ -7,38 +7,38 @@ import jax.numpy as jnp
 
 
 def log_prob(logits: jax.Array, targets: jax.Array) -> jax.Array:
-  """log softmax(logits)[target] in float32: [..., V], int [...] -> [...]. A target outside the vocabulary counts as logit 0."""
-  logits = logits.astype(jnp.float32)
-  # A masked sum rather than a gather: it stays local when the vocabulary is sharded, and its gradient is no scatter.
-  hit = targets[..., None] == jnp.arange(logits.shape[-1], dtype=targets.dtype)
-  return jnp.sum(jnp.where(hit, logits, 0.0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+    """log softmax(logits)[target] in float32: [..., V], int [...] -> [...]. A target outside 0..V-1 counts as logit 0."""
+    logits, targets = logits.astype(jnp.float32), jnp.asarray(targets, jnp.int32)
+    # A masked sum rather than a gather: it stays local when the vocabulary is sharded, and its gradient is no scatter.
+    hit = targets[..., None] == jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    return jnp.sum(jnp.where(hit, logits, 0.0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
 
 
 def token_loss(
-  logits: jax.Array, targets: jax.Array, mask: jax.Array, average: str = 'example'
+    logits: jax.Array, targets: jax.Array, mask: jax.Array, average: str = 'example'
 ) -> tuple[jax.Array, jax.Array]:
-  """Mean negative log-likelihood, in nats, of the supervised tokens.
+    """Mean negative log-likelihood, in nats, of the supervised tokens.
 
-  Args:
-    logits: float [B, T, V]; logits[:, i] predict targets[:, i], so the caller shifts.
-    targets: int32 [B, T]; anything where the mask is 0.
-    mask: [B, T], 1 where the token is supervised.
-    average: 'example': the mean over each example, then over the examples that have any supervised token (big_vision);
-      'token': the mean over all supervised tokens of the batch (Hugging Face).
+    Args:
+      logits: float [B, T, V]; logits[:, i] predict targets[:, i], so the caller shifts.
+      targets: int32 [B, T]; anything where the mask is 0.
+      mask: [B, T], 1 where the token is supervised.
+      average: 'example': the mean over each example, then over the examples that have any supervised token (big_vision);
+        'token': the mean over all supervised tokens of the batch (Hugging Face).
 
-  Returns:
-    (loss float32 scalar, each example's mean float32 [B], 0 where it has no supervised token).
+    Returns:
+      (loss float32 scalar, each example's mean float32 [B], 0 where it has no supervised token).
 
-  Raises:
-    ValueError: another `average`.
-  """
-  if average not in ('example', 'token'):
-    raise ValueError(f"token_loss: average must be 'example' or 'token', got {average!r}")
-  mask = mask.astype(jnp.float32)
-  # where, not a product: a masked position may hold anything, infinities too.
-  nll = jnp.where(mask > 0, -log_prob(logits, targets), 0.0) * mask
-  count = jnp.sum(mask, axis=-1)
-  per_example = jnp.sum(nll, axis=-1) / jnp.maximum(count, 1.0)
-  if average == 'token':
-    return jnp.sum(nll) / jnp.maximum(jnp.sum(count), 1.0), per_example
-  return jnp.sum(per_example) / jnp.maximum(jnp.sum(count > 0), 1).astype(jnp.float32), per_example
+    Raises:
+      ValueError: another `average`.
+    """
+    if average not in ('example', 'token'):
+        raise ValueError(f"token_loss: average must be 'example' or 'token', got {average!r}")
+    mask = mask.astype(jnp.float32)
+    # where, not a product: a masked position may hold anything, infinities too.
+    nll = jnp.where(mask > 0, -log_prob(logits, targets), 0.0) * mask
+    count = jnp.sum(mask, axis=-1)
+    per_example = jnp.sum(nll, axis=-1) / jnp.maximum(count, 1.0)
+    if average == 'token':
+        return jnp.sum(nll) / jnp.maximum(jnp.sum(count), 1.0), per_example
+    return jnp.sum(per_example) / jnp.maximum(jnp.sum(count > 0), 1).astype(jnp.float32), per_example

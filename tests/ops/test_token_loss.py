@@ -1,0 +1,76 @@
+"""Next-token cross-entropy: numbers by hand, float64, both averages, exact gradients."""
+
+import jax
+import numpy as np
+import pytest
+
+from big_vlm.ops import token_loss
+
+
+def oracle(logits, targets, mask, average):
+    logits, mask = np.asarray(logits, np.float64), np.asarray(mask, np.float64)
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    nll = -np.take_along_axis(logp, np.maximum(targets, 0)[..., None], -1)[..., 0] * mask
+    if average == 'token':
+        return nll.sum() / mask.sum()
+    rows = mask.sum(-1) > 0
+    return (nll[rows].sum(-1) / mask[rows].sum(-1)).mean()
+
+
+def case(seed=0):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(3, 5, 7)).astype(np.float32) * 3
+    targets = rng.integers(0, 7, (3, 5)).astype(np.int32)
+    mask = np.array([[0, 1, 1, 1, 1], [0, 0, 1, 0, 0], [0, 0, 0, 1, 1]], np.float32)
+    return logits, np.where(mask > 0, targets, -1), mask
+
+
+def test_by_hand():
+    # Uniform over two words, then certain: log 2 and 0. The rows have one and two supervised tokens.
+    logits = np.array([[[0, 0], [9, 9]], [[0, 0], [50, 0]]], np.float32)
+    targets, mask = np.array([[1, 1], [0, 0]]), np.array([[1, 0], [1, 1]])
+    example, rows = token_loss.token_loss(logits, targets, mask)
+    token, _ = token_loss.token_loss(logits, targets, mask, 'token')
+    np.testing.assert_allclose(rows, [np.log(2), np.log(2) / 2], rtol=1e-6)
+    np.testing.assert_allclose([example, token], [np.log(2) * 3 / 4, np.log(2) * 2 / 3], rtol=1e-6)
+
+
+@pytest.mark.parametrize('average', ['example', 'token'])
+def test_value_and_gradient(average):
+    logits, targets, mask = case()
+    loss, _ = token_loss.token_loss(logits, targets, mask, average)
+    np.testing.assert_allclose(loss, oracle(logits, targets, mask, average), rtol=1e-6)
+    gradient = jax.grad(lambda x: token_loss.token_loss(x, targets, mask, average)[0])(logits)
+    # The closed form: weight of the token * (softmax - one hot).
+    p = np.exp(logits.astype(np.float64))
+    p /= p.sum(-1, keepdims=True)
+    weight = mask / mask.sum() if average == 'token' else mask / mask.sum(-1, keepdims=True) / len(mask)
+    expected = weight[..., None] * (p - (targets[..., None] == np.arange(7)))
+    np.testing.assert_allclose(gradient, expected, atol=1e-7)
+
+
+@pytest.mark.parametrize('average', ['example', 'token'])
+def test_unsupervised_positions_may_hold_anything(average):
+    logits, targets, mask = case(1)
+    clean, _ = token_loss.token_loss(logits, targets, mask, average)
+    dirty = np.where(mask[..., None] > 0, logits, np.inf)
+    got, _ = token_loss.token_loss(dirty, targets, mask, average)
+    np.testing.assert_array_equal(got, clean)
+
+
+def test_examples_without_supervision_do_not_dilute_the_mean():
+    logits, targets, mask = case(2)
+    mask[1] = 0
+    loss, rows = token_loss.token_loss(logits, targets, mask)
+    np.testing.assert_allclose(loss, oracle(logits, targets, mask, 'example'), rtol=1e-6)
+    assert rows[1] == 0
+    nothing, _ = token_loss.token_loss(logits, targets, mask * 0)
+    assert nothing == 0
+
+
+def test_huge_logits_stay_finite_and_unknown_averages_are_refused():
+    logits = np.array([[[1e4, -1e4]]], np.float32)
+    loss, _ = token_loss.token_loss(logits, np.array([[1]]), np.ones((1, 1)))
+    np.testing.assert_allclose(loss, 2e4, rtol=1e-6)
+    with pytest.raises(ValueError, match="'example' or 'token'"):
+        token_loss.token_loss(logits, np.array([[1]]), np.ones((1, 1)), 'mean')

@@ -66,7 +66,7 @@ class Einsum(nn.Module):
 
 
 class Attention(nn.Module):
-    """Rotary, grouped-query attention over the tokens themselves or, given a cache, over the cache and one new token."""
+    """Rotary, grouped-query attention over the tokens themselves or, given a cache, over it and one new token."""
 
     num_heads: int
     num_kv_heads: int
@@ -206,7 +206,7 @@ class Gemma(nn.Module):
         self.final_norm = RMSNorm(self.dtype)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        """int32 [..., T] -> [..., T, D], times sqrt D; a negative id is read as 0 (image slots, filled by the caller)."""
+        """int32 [..., T] -> [..., T, D], times sqrt D; a negative id reads as 0 (image slots, filled by the caller)."""
         return self.embedder.encode(tokens)
 
     def logits(self, x: jax.Array) -> jax.Array:

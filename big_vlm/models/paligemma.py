@@ -52,10 +52,10 @@ class PaliGemma:
         train: bool = False,
         rng: jax.Array | None = None,
     ) -> tuple[jax.Array, dict]:
-        """The decoder's input [B,T,D]: text embeddings times sqrt D, and image features, unscaled, in the slots where text
-        is -1: the k-th such slot of a row takes the k-th feature of the row's real images.
+        """The decoder's input: text embeddings times sqrt D, and image features, unscaled, where `text` is -1.
 
-        Returns (x, the image tower's `out` under 'img/...'). Arguments as in `apply`.
+        The k-th such slot of a row takes the k-th feature of the row's real images. Arguments as in `apply`; returns
+        (x [B,T,D], the image tower's `out` under 'img/...').
         """
         x = gemma.embed(self.llm, params['llm'], text)
         if image is None:
@@ -108,8 +108,8 @@ class PaliGemma:
 
         Returns:
           (logits float32 [B, T - logits_from, V], where logits[:, i] predict slot logits_from + i + 1, out). `out` has
-          'decoded' [B,T,D] (before the final norm: `gemma.logits` on a gather of it gives logits at chosen slots), 'blocks'
-          [L,B,T,D], the image tower's under 'img/...', and if asked 'attention' float32 [L,B,N,T,T].
+          'decoded' [B,T,D] (before the final norm: `gemma.logits` on a gather of it gives logits at chosen slots),
+          'blocks' [L,B,T,D], the image tower's under 'img/...', and if asked 'attention' float32 [L,B,N,T,T].
         """
         rngs = (None, None) if rng is None else tuple(jax.random.split(rng))
         x, out = self.embed(params, image, image_mask, text, train=train, rng=rngs[0])

@@ -71,8 +71,8 @@ class TwoTowers:
 
         Returns:
           (zimg float32 [B,E] or None, ztxt float32 [B,E] or None, out), each row of length 1. `out` has 't' and 'b' as
-          stored (logits are zimg ztxt^T exp(t) + b), the towers' own intermediates under 'img/...' and 'txt/...', and the
-          lengths before normalisation, 'img/norm' and 'txt/norm' [B,1].
+          stored (logits are zimg ztxt^T exp(t) + b), the towers' own intermediates under 'img/...' and 'txt/...', and
+          the lengths before normalisation, 'img/norm' and 'txt/norm' [B,1].
         """
         out = {name: params[name] for name in ('t', 'b') if name in params}
         rngs = {'img': None, 'txt': None}

@@ -59,7 +59,7 @@ def decode_variant(variant: str) -> dict[str, int]:
 
 
 def resolve(variant: str, *, width: int, depth: int, mlp_dim: int, num_heads: int) -> dict[str, int]:
-    """The variant's sizes, with every one that is given (not 0) in its place. Raises UserError if heads do not divide."""
+    """The variant's sizes, replaced by those given (not 0). Raises UserError if heads do not divide the width."""
     sizes = decode_variant(variant)
     given = {'width': width, 'depth': depth, 'mlp_dim': mlp_dim, 'num_heads': num_heads}
     sizes |= {name: size for name, size in given.items() if size}
@@ -200,7 +200,7 @@ class MAPHead(nn.Module):
 class ViT(nn.Module):
     """Image float [B,H,W,3] in the model's value range -> (x, out).
 
-    Sizes of 0 are the variant's. `x` is [B,D], or [B,P,D] with pool='none'; `head` > 0 adds a projection to [..., head].
+    Sizes of 0 are the variant's. `x` is [B,D], or [B,P,D] with pool='none'; `head` > 0 projects to [..., head].
     `out` holds 'stem' [B,P,D] (patches before positions), 'blocks' [L,B,T,D] (each block's output; T = P, or 1 + P with
     pool='tok'), 'encoded' [B,P,D] (after the final norm) and 'pooled' (before the head).
 

@@ -10,8 +10,8 @@ def attention_mask(segment: jax.Array, mask_ar: jax.Array) -> jax.Array:
     """The mask of PaliGemma (arXiv 2407.07726, section 3.2.1), for packed rows too.
 
     A query sees a key iff both are real, both belong to the same segment, and
-    `cumsum(mask_ar)[key] <= cumsum(mask_ar)[query]`. A 1 in `mask_ar` therefore starts a new block: earlier tokens do not
-    see it, and it sees all of them. Zeros continue the block of the token before them.
+    `cumsum(mask_ar)[key] <= cumsum(mask_ar)[query]`. A 1 in `mask_ar` therefore starts a new block: earlier tokens do
+    not see it, and it sees all of them. Zeros continue the block of the token before them.
 
       segment 1 1 1 1 1 0, mask_ar 0 0 0 1 1 0: three tokens that see each other, then two causal ones, then padding.
 

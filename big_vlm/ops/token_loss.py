@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 def log_prob(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """log softmax(logits)[target] in float32: [..., V], int [...] -> [...]. A target outside 0..V-1 counts as logit 0."""
+    """log softmax(logits)[target] in float32: [..., V], int [...] -> [...]. A target outside 0..V-1 has logit 0."""
     logits, targets = logits.astype(jnp.float32), jnp.asarray(targets, jnp.int32)
     # A masked sum rather than a gather: it stays local when the vocabulary is sharded, and its gradient is no scatter.
     hit = targets[..., None] == jnp.arange(logits.shape[-1], dtype=jnp.int32)
@@ -23,8 +23,8 @@ def token_loss(
       logits: float [B, T, V]; logits[:, i] predict targets[:, i], so the caller shifts.
       targets: int32 [B, T]; anything where the mask is 0.
       mask: [B, T], 1 where the token is supervised.
-      average: 'example': the mean over each example, then over the examples that have any supervised token (big_vision);
-        'token': the mean over all supervised tokens of the batch (Hugging Face).
+      average: 'example': the mean over each example, then over the examples that have any supervised token
+        (big_vision); 'token': the mean over all supervised tokens of the batch (Hugging Face).
 
     Returns:
       (loss float32 scalar, each example's mean float32 [B], 0 where it has no supervised token).

@@ -1,0 +1,1 @@
+"""Training: the state, one step, the optimizer and its schedules, and the loop around them."""

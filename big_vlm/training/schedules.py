@@ -1,0 +1,86 @@
+"""Durations in steps, and learning rates over steps."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from big_vlm.config import Duration, UserError, unknown
+
+Schedule = Callable[[jax.Array | int], jax.Array]
+
+
+def steps(
+    duration: Duration,
+    *,
+    batch_size: int,
+    examples_per_epoch: int | None = None,
+    total_steps: int | None = None,
+    where: str = 'duration',
+) -> int:
+    """A duration in steps; none given is 0. Parts of a step count as one.
+
+    Args:
+      duration: in one unit, as `config.validate` ensures.
+      batch_size: global, examples.
+      examples_per_epoch: what `epochs` multiplies.
+      total_steps: what `percent` is of.
+      where: the dotted key, for errors.
+
+    Raises:
+      UserError: two units, or epochs or percent of something unknown.
+    """
+    given = duration.given()
+    if len(given) > 1:
+        raise UserError(f'{where}: {" and ".join(given)} are both given; keep one and set the other to 0')
+    if duration.epochs and examples_per_epoch is None:
+        raise UserError(f'{where}.epochs: the number of examples per epoch is unknown; give steps or examples')
+    if duration.percent and total_steps is None:
+        raise UserError(f'{where}.percent: a percentage of what? Give steps, examples or epochs')
+    if duration.percent > 100:
+        raise UserError(f'{where}.percent: must be at most 100, got {duration.percent}')
+    exact = {
+        'steps': lambda: duration.steps,
+        'examples': lambda: duration.examples / batch_size,
+        'epochs': lambda: duration.epochs * examples_per_epoch / batch_size,
+        'percent': lambda: duration.percent / 100 * total_steps,
+    }
+    # Rounding first: 0.07 * 100 is 7.000000000000001, and must not become 8.
+    return math.ceil(round(exact[given[0]](), 6)) if given else 0
+
+
+def learning_rate(name: str, peak: float, total_steps: int, warmup_steps: int, where: str = 'schedule') -> Schedule:
+    """The learning rate of each step, float32: linear from 0 to `peak` over the warmup, then by `name`.
+
+    Args:
+      name: 'constant'; 'linear' or 'cosine' (half a period), which reach 0 at `total_steps`; 'rsqrt', which is
+        peak · sqrt(warmup / step) and goes on for ever.
+      peak: the largest rate.
+      total_steps: updates 0 … total_steps - 1 are made.
+      warmup_steps: at most `total_steps`; 0 starts at the peak.
+      where: the dotted key, for errors.
+
+    Raises:
+      UserError: an unknown name, a warmup longer than the run, rsqrt without a warmup.
+    """
+    curves = {
+        'constant': lambda step, progress: jnp.ones_like(progress),
+        'linear': lambda step, progress: 1 - progress,
+        'cosine': lambda step, progress: 0.5 * (1 + jnp.cos(jnp.pi * progress)),
+        'rsqrt': lambda step, progress: jnp.sqrt(warmup_steps / jnp.maximum(step, warmup_steps)),
+    }
+    if name not in curves:
+        raise unknown('schedule', name, curves, where)
+    if warmup_steps > total_steps:
+        raise UserError(f'{where}: a warmup of {warmup_steps} steps is longer than the run of {total_steps}')
+    if name == 'rsqrt' and not warmup_steps:
+        raise UserError(f'{where}: rsqrt needs a warmup, which sets its time scale')
+
+    def rate(step: jax.Array | int) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        progress = jnp.clip((step - warmup_steps) / max(total_steps - warmup_steps, 1), 0, 1)
+        warm = jnp.minimum(step / warmup_steps, 1) if warmup_steps else 1.0
+        return peak * warm * curves[name](step, progress)
+
+    return rate

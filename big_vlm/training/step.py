@@ -1,0 +1,124 @@
+"""One training step, and the first state: pure functions under thin jitted wrappers."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from big_vlm.sharding import rules
+from big_vlm.training.optimizer import Info
+from big_vlm.training.state import TrainState
+
+
+class Task(Protocol):
+    """What training needs of a task."""
+
+    flops_per_example: float  # forward and backward
+
+    def init(self, rng: jax.Array) -> tuple[Any, Any]: ...
+
+    def loss(self, params: Any, stats: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, tuple[dict, Any]]: ...
+
+
+def param_shapes(task: Task) -> Any:
+    """The parameters' shapes and dtypes, without making them."""
+    return jax.eval_shape(task.init, jax.random.key(0))[0]
+
+
+def abstract_state(task: Task, tx: optax.GradientTransformation, mesh: Mesh, *, ema: bool = False) -> TrainState:
+    """Shapes, dtypes and shardings of the whole state: what a checkpoint is restored onto."""
+    shapes = jax.eval_shape(lambda: _init(task, tx, jax.random.key(0), ema))
+    shardings = rules.state_shardings(shapes, rules.param_shardings(shapes.params, mesh), mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def init_state(task: Task, tx: optax.GradientTransformation, mesh: Mesh, seed: int, *, ema: bool = False) -> TrainState:
+    """The state before the first step; each parameter is made where it lives, none is ever whole on one device.
+
+    The values depend on `seed` alone, not on the mesh.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(task, tx, mesh, ema=ema))
+    with jax.set_mesh(mesh):
+        return jax.jit(lambda key: _init(task, tx, key, ema), out_shardings=shardings)(jax.random.key(seed))
+
+
+def make_train_step(
+    task: Task,
+    tx: optax.GradientTransformation,
+    info: Info,
+    mesh: Mesh,
+    state: TrainState,
+    seed: int,
+    *,
+    ema_decay: float = 0.0,
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
+    """(state, batch) → (state, metrics), compiled. The state that goes in is donated: use the one that comes out.
+
+    Args:
+      task: gives the loss.
+      tx, info: from `optimizer.make`.
+      mesh: of the state.
+      state: a state or an abstract one; its shardings are those of the result.
+      seed: of the step's random key, `fold_in(seed, step)`.
+      ema_decay: of `state.ema`, where the state has one.
+
+    Returns:
+      metrics: float32 scalars, replicated: the task's own, loss, lr (base rate), and the global norms grad_norm (of
+        what is trained, before clipping), update_norm and param_norm.
+    """
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        return _step(task, tx, info, state, batch, jax.random.fold_in(jax.random.key(seed), state.step), ema_decay)
+
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
+
+    def run(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        with jax.set_mesh(mesh):
+            return compiled(state, batch)
+
+    return run
+
+
+def _init(task: Task, tx: optax.GradientTransformation, key: jax.Array, ema: bool) -> TrainState:
+    params, stats = task.init(key)
+    # A copy: two leaves of a donated state must not share a buffer.
+    averages = jax.tree.map(jnp.copy, params) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, stats, tx.init(params), averages)
+
+
+def _step(
+    task: Task,
+    tx: optax.GradientTransformation,
+    info: Info,
+    state: TrainState,
+    batch: Any,
+    rng: jax.Array,
+    ema_decay: float,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    loss_fn = jax.value_and_grad(task.loss, has_aux=True)
+    (loss, (metrics, stats)), grads = loss_fn(state.params, state.stats, batch, rng)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+        ema = jax.tree.map(lambda average, p: ema_decay * average + (1 - ema_decay) * p, ema, params)
+    metrics = {
+        **metrics,
+        'loss': loss,
+        'lr': info.learning_rate(state.step),
+        'grad_norm': _norm(grads, info.trainable),
+        'update_norm': _norm(updates, info.trainable),
+        'param_norm': optax.global_norm(params),
+    }
+    metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+    return TrainState(state.step + 1, params, stats, opt_state, ema), metrics
+
+
+def _norm(tree: Any, trainable: Any) -> jax.Array:
+    """Over what is trained: a frozen parameter's gradient, used nowhere, is then never computed."""
+    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(trainable), strict=True)
+    return optax.global_norm([leaf for leaf, trained in leaves if trained])

@@ -1,0 +1,66 @@
+"""Durations and learning rates against numbers worked out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from big_vlm.config import Duration, UserError
+from big_vlm.training import schedules
+
+
+@pytest.mark.parametrize(
+    ('duration', 'steps'),
+    [
+        (Duration(), 0),
+        (Duration(steps=7), 7),
+        (Duration(examples=64), 2),
+        (Duration(examples=65), 3),
+        (Duration(epochs=1.5), 47),  # 1.5 * 1000 / 32 = 46.9
+        (Duration(percent=7), 7),  # 0.07 * 100 is 7.000000000000001 in floating point
+        (Duration(percent=2.5), 3),
+    ],
+)
+def test_durations_in_steps(duration, steps):
+    assert schedules.steps(duration, batch_size=32, examples_per_epoch=1000, total_steps=100) == steps
+
+
+@pytest.mark.parametrize(
+    ('duration', 'message'),
+    [
+        (Duration(steps=1, examples=1), 'x: steps and examples are both given'),
+        (Duration(epochs=1), r'x\.epochs: the number of examples per epoch is unknown'),
+        (Duration(percent=1), r'x\.percent: a percentage of what'),
+    ],
+)
+def test_durations_of_nothing_known(duration, message):
+    with pytest.raises(UserError, match=message):
+        schedules.steps(duration, batch_size=1, where='x')
+
+
+@pytest.mark.parametrize(
+    ('name', 'expected'),
+    [
+        ('constant', [0, 1, 2, 3, 4, 4, 4, 4, 4, 4, 4, 4, 4]),
+        ('linear', [0, 1, 2, 3, 4, 3.5, 3, 2.5, 2, 1.5, 1, 0.5, 0]),
+        ('cosine', [0, 1, 2, 3, 4, *(2 + 2 * math.cos(math.pi * k / 8) for k in range(1, 9))]),
+        ('rsqrt', [0, 1, 2, 3, 4, *(4 * math.sqrt(4 / k) for k in range(5, 13))]),
+    ],
+)
+def test_learning_rates_step_by_step(name, expected):
+    rate = schedules.learning_rate(name, peak=4.0, total_steps=12, warmup_steps=4)
+    np.testing.assert_allclose([rate(step) for step in range(13)], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_without_warmup_the_first_step_is_at_the_peak():
+    assert schedules.learning_rate('cosine', 2.0, 10, 0)(0) == 2.0
+    assert schedules.learning_rate('linear', 2.0, 10, 10)(9) == pytest.approx(1.8)
+
+
+def test_impossible_schedules():
+    with pytest.raises(UserError, match="unknown schedule 'cosin' .*did you mean 'cosine'"):
+        schedules.learning_rate('cosin', 1.0, 10, 0)
+    with pytest.raises(UserError, match='a warmup of 11 steps is longer than the run of 10'):
+        schedules.learning_rate('cosine', 1.0, 10, 11)
+    with pytest.raises(UserError, match='rsqrt needs a warmup'):
+        schedules.learning_rate('rsqrt', 1.0, 10, 0)

@@ -16,6 +16,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,6 +87,7 @@ def _draw(logits, cache, done, step, *, sampler, keys, eos_id, pad_id) -> _State
 
 def _first(prefill, params, batch, *, cache_size, **draw) -> _State:
     logits, cache = prefill(params, batch, cache_size)
+    chex.assert_shape(logits, (batch['segment'].shape[0], None))
     done = ~jnp.asarray(batch['_mask']) if '_mask' in batch else jnp.zeros(logits.shape[:1], bool)
     return _draw(logits, cache, done, jnp.zeros((), jnp.int32), **draw)
 

@@ -1,0 +1,80 @@
+"""The model card: the README.md of a bundle."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_WHAT = {
+    'contrastive': 'A dual encoder: images and texts become unit vectors whose dot products say how well they agree.',
+    'generative': 'A vision-language decoder: it reads an image and a prompt and answers in text.',
+}
+_USE = {
+    'contrastive': """z = bundle.embed(images=['photo.png'], texts=['a red three', 'a blue seven'])
+z['image'] @ z['text'].T  # cosine similarities""",
+    'generative': """[answer] = bundle.generate('photo.png', 'caption en')
+answer.text, answer.ids, answer.log_probs""",
+}
+_COMMAND = """
+On the command line:
+
+```bash
+python -m tools.generate PATH/TO/{name} --image=photo.png --prompt='caption en'
+```
+"""
+
+
+def model_card(name: str, description: Mapping[str, Any]) -> str:
+    """Markdown of what `bundle.json` says (`description`), for a person who finds the folder."""
+    task, contract, stage = description['task'], description['contract'], description['config']
+    sources = stage['data']['sources'].values()
+    data = ', '.join(dict.fromkeys(f'{source["dataset"]} ({source["split"]})' for source in sources))
+    towers = [
+        stage['model']['image']['variant'],
+        stage['model']['text' if task == 'contrastive' else 'decoder']['variant'],
+    ]
+    rows = [
+        ('task', task),
+        ('parameters', f'{description["parameters"]:,}'),
+        ('architecture (variants; sizes in bundle.json may override)', ' + '.join(towers)),
+        ('training data', data),
+        ('big_vlm', description['versions']['big_vlm']),
+    ]
+    pixels = [(key.replace('_', ' '), value) for key, value in contract.items()]
+    scores = [
+        (label, _number(s['score']), _number(s.get('chance')), str(s.get('n', '')))
+        for label, s in _scores(description['scores'])
+    ]
+    parts = [
+        f'# {name}',
+        _WHAT[task],
+        _table(('', ''), rows),
+        '## Use',
+        f"```python\nimport big_vlm\n\nbundle = big_vlm.load('PATH/TO/{name}')\n{_USE[task]}\n```"
+        + (_COMMAND.format(name=name).rstrip() if task == 'generative' else ''),
+        '## Scores',
+        _table(('evaluation', 'score', 'chance', 'examples'), scores) if scores else 'None were recorded.',
+        '## Preprocessing contract',
+        'How pixels and text became arrays in training. `big_vlm.load` applies it; other code has to do the same.',
+        _table(('', ''), [(key, f'`{value!r}`') for key, value in pixels]),
+    ]
+    return '\n\n'.join(parts) + '\n'
+
+
+def _scores(tree: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The leaves {'score': …, 'chance': …, 'n': …} with their '/'-joined names."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            if 'score' in value and not isinstance(value['score'], Mapping):
+                yield prefix + str(key), value
+            else:
+                yield from _scores(value, f'{prefix}{key}/')
+        elif isinstance(value, int | float):
+            yield prefix + str(key), {'score': value}
+
+
+def _table(head: tuple[str, ...], rows: list[tuple]) -> str:
+    lines = [head, ('---',) * len(head), *rows]
+    return '\n'.join('| ' + ' | '.join(str(cell) for cell in line) + ' |' for line in lines)
+
+
+def _number(value: Any) -> str:
+    return '' if value is None else f'{value:.4g}'

@@ -1,0 +1,161 @@
+"""The folder of a bundle, written whole or not at all, and read back with every check that is cheap."""
+
+import json
+import os
+import pathlib
+import platform
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+import big_vlm
+from big_vlm import config
+from big_vlm.bundle.card import model_card
+from big_vlm.bundle.model import TASKS, Bundle
+from big_vlm.checkpoints import weights
+from big_vlm.config import UserError
+from big_vlm.data.contract import Contract
+from big_vlm.data.tokenizer import Tokenizer
+from big_vlm.sharding import mesh as meshes
+from big_vlm.sharding import rules
+
+FORMAT = 1  # one more whenever an older big_vlm could not read the folder
+
+
+def load(path: str | os.PathLike, *, mesh: Mesh | None = None) -> Bundle:
+    """The model in a folder that `save` wrote, with its weights on `mesh` (default: one device).
+
+    Raises:
+      UserError: no such folder, not a bundle, a bundle of a newer big_vlm, files missing or cut short, a tokenizer
+        other than the one it was trained with.
+    """
+    path = pathlib.Path(path)
+    description = _describe(path)
+    where = path / 'bundle.json'
+    try:
+        contract = Contract.from_dict(description['contract'])
+        stage = config.parse_stage(description['config'], f'{where}: config')
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f'{where}: damaged or not a bundle ({type(error).__name__}: {error})') from None
+    tokenizer = Tokenizer.load(str(path / 'tokenizer.model'))
+    if tokenizer.sha256 != contract.tokenizer_sha256:
+        raise UserError(
+            f'{path / "tokenizer.model"} is not the tokenizer that the weights were trained with (sha256 '
+            f'{tokenizer.sha256[:12]}…, expected {contract.tokenizer_sha256[:12]}…): copy the whole folder again'
+        )
+    if mesh is None:
+        mesh = meshes.make_mesh(data=1, devices=jax.local_devices()[:1])
+    task = TASKS[stage.task](stage, contract, mesh)
+    shapes, _ = jax.eval_shape(task.init, jax.random.key(0))
+    placed = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        rules.param_shardings(shapes, mesh),
+    )
+    params = weights.load_weights(path / 'weights', placed)
+    return Bundle(stage, contract, tokenizer, params, mesh, description.get('scores', {}))
+
+
+def save(
+    path: str | os.PathLike,
+    params: Any,
+    stage: config.Stage | Mapping[str, Any],
+    contract: Contract,
+    tokenizer: Tokenizer,
+    *,
+    scores: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a bundle. It appears under its name only when it is whole; one that is already there is replaced.
+
+    Args:
+      path: the folder to make. Every process calls this, with the same path.
+      params: the parameters, as the task's `init` returns them.
+      stage: the stage they were trained with, or its dict.
+      contract, tokenizer: how pixels and text were made into arrays.
+      scores: evaluation results for the model card, {name: {'score': …, 'chance': …, 'n': …}}, nested as you like.
+
+    Raises:
+      UserError: the folder exists and is not a bundle, or the tokenizer is not the contract's.
+    """
+    path = pathlib.Path(path)
+    if path.exists() and not (path / 'bundle.json').is_file():
+        raise UserError(f'{path} exists and is not a bundle: choose another name, or remove it')
+    if tokenizer.sha256 != contract.tokenizer_sha256:
+        raise UserError('the tokenizer is not the one that the contract names: save the pair that was trained together')
+    if not isinstance(stage, config.Stage):
+        stage = config.parse_stage(stage)
+    temporary = path.with_name(f'.{path.name}.saving')
+    first = jax.process_index() == 0
+    if first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    _wait('bundle: folder')
+    weights.save_weights(temporary / 'weights', params)
+    _wait('bundle: weights')
+    if first:
+        shutil.copyfile(tokenizer.path, temporary / 'tokenizer.model')
+        files = sorted(file for file in temporary.rglob('*') if file.is_file())
+        description = {
+            'format': FORMAT,
+            'task': stage.task,
+            'parameters': sum(leaf.size for leaf in jax.tree.leaves(params)),
+            'versions': {'big_vlm': big_vlm.__version__, 'jax': jax.__version__, 'python': platform.python_version()},
+            'contract': contract.to_dict(),
+            'config': config.to_dict(stage),
+            'scores': scores or {},
+            'files': {file.relative_to(temporary).as_posix(): file.stat().st_size for file in files},
+        }
+        (temporary / 'README.md').write_text(model_card(path.name, description), encoding='utf-8')
+        text = json.dumps(description, indent=2, ensure_ascii=False) + '\n'
+        (temporary / 'bundle.json').write_text(text, encoding='utf-8')
+        _replace(temporary, path)
+    _wait('bundle: done')
+
+
+def _describe(path: pathlib.Path) -> dict[str, Any]:
+    """bundle.json, after the checks that need nothing else."""
+    if not path.is_dir():
+        raise UserError(f'bundle {path}: no such folder')
+    file = path / 'bundle.json'
+    if not file.is_file():
+        inside = sorted(str(p.parent) for p in [*path.glob('*/bundle.json'), *path.glob('*/*/bundle.json')])
+        hint = f'; did you mean {inside[-1]}?' if inside else ': a bundle is a folder with a bundle.json'
+        raise UserError(f'{path} is not a bundle{hint}')
+    try:
+        description = json.loads(file.read_text(encoding='utf-8'))
+        version, files = description['format'], dict(description['files'])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{file}: damaged or not a bundle ({type(error).__name__}: {error})') from None
+    if not isinstance(version, int) or version > FORMAT:
+        by = description.get('versions', {}).get('big_vlm', 'a newer release')
+        raise UserError(
+            f'{path}: bundle format {version}, written by big_vlm {by}; this is {big_vlm.__version__}, which reads '
+            f'formats up to {FORMAT}: upgrade big_vlm'
+        )
+    for name, size in files.items():
+        here = path / name
+        if not here.is_file():
+            raise UserError(f'{path}: {name} is missing: copy the whole folder again')
+        if here.stat().st_size != size:
+            raise UserError(
+                f'{path}: {name} has {here.stat().st_size} bytes, {size} were written: copy the whole folder again'
+            )
+    return description
+
+
+def _replace(temporary: pathlib.Path, path: pathlib.Path) -> None:
+    old = path.with_name(f'.{path.name}.old')
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    temporary.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _wait(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

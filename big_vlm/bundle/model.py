@@ -1,0 +1,287 @@
+"""A model in use: images and prompts in, answers, scores or embeddings out."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+
+from big_vlm import config
+from big_vlm.config import UserError
+from big_vlm.data import prompts as prompt_rows
+from big_vlm.data.contract import Contract
+from big_vlm.data.tokenizer import Tokenizer
+from big_vlm.decoding import samplers
+from big_vlm.decoding.generate import make_generate
+from big_vlm.sharding import mesh as meshes
+from big_vlm.tasks import contrastive, generative
+
+TASKS = {'contrastive': contrastive.Contrastive, 'generative': generative.Generative}
+
+ImageLike = str | os.PathLike | Image.Image | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One answer. `ids` and `log_probs` (nats, under the model's own distribution) hold one entry per token, the end of
+    text included unless the limit cut the answer off; `text` is what they spell."""
+
+    text: str
+    ids: list[int]
+    log_probs: list[float]
+
+
+@dataclasses.dataclass(eq=False)
+class Bundle:
+    """A model with all that it takes to use it. From `load`, or built from the parts during training.
+
+    Images are paths, PIL images or uint8 arrays [H, W, 3] of any size; they are resized as in training.
+    """
+
+    stage: config.Stage
+    contract: Contract
+    tokenizer: Tokenizer
+    params: Any
+    mesh: Mesh
+    scores: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        self.task = TASKS[self.stage.task](self.stage, self.contract, self.mesh)
+        self._compiled: dict[Any, Any] = {}
+
+    def generate(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        prompts: str | Sequence[str],
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        seed: int = 0,
+        batch_size: int = 16,
+    ) -> list[Answer]:
+        """Answers, one per image and prompt: as many of one as of the other, or one of either for all of the other.
+
+        Args:
+          images: what to look at.
+          prompts: in the form the model was trained on, such as 'caption en'.
+          max_new_tokens: longest answer, in tokens.
+          temperature: 0 takes the most likely token; above, tokens are drawn, over the `top_k` likeliest if not 0.
+          seed: of the draws. An answer depends on it and on its place in the list, not on the others.
+          batch_size: answers made at once.
+
+        Raises:
+          UserError: a dual encoder, counts that do not pair up, an empty or too long prompt, an image that cannot be
+            read.
+        """
+        return list(
+            self.generate_each(
+                images,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                seed=seed,
+                batch_size=batch_size,
+            )
+        )
+
+    def generate_each(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        prompts: str | Sequence[str],
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        seed: int = 0,
+        batch_size: int = 16,
+    ) -> Iterator[Answer]:
+        """`generate`, each batch's answers as soon as they are there. Everything but the images is checked at once."""
+        self._require('generative', 'generate answers')
+        if max_new_tokens < 1:
+            raise UserError(f'max_new_tokens {max_new_tokens}: must be at least 1')
+        images, prompts = _pair('images', _as_images(images), 'prompts', _as_texts(prompts, 'prompts'))
+        rows = [self._row(prompt, None, f'prompts[{i}]') for i, prompt in enumerate(prompts)]
+        sampler = samplers.from_temperature(temperature, top_k)
+        width = _power_of_two(max_new_tokens)  # few widths, few compilations
+        run = self._once(
+            ('generate', width),
+            lambda: make_generate(
+                self.task.predict,
+                max_new_tokens=width,
+                eos_id=self.contract.eos_id,
+                pad_id=self.contract.pad_id,
+            ),
+        )
+        weights = self._once('decode_params', lambda: jax.jit(self.task.predict['decode_params'])(self.params))
+
+        def answers():
+            for batch, count in self._batches(rows, images, batch_size):
+                out = jax.device_get(run(weights, batch, sampler=sampler, seed=seed, limit=max_new_tokens))
+                for row in range(count):
+                    length = int(out.length[row])
+                    ids = out.ids[row, :length].tolist()
+                    text = self.tokenizer.decode([i for i in ids if i != self.contract.eos_id])
+                    yield Answer(text, ids, out.log_probs[row, :length].tolist())
+
+        return answers()
+
+    def score(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        prompts: str | Sequence[str],
+        answers: str | Sequence[str],
+        *,
+        batch_size: int = 16,
+    ) -> np.ndarray:
+        """The log-probability of each answer, its end of text included: float32 [N], nats.
+
+        Images, prompts and answers: as many of each, or one of any for all. Raises UserError as `generate` does.
+        """
+        self._require('generative', 'score answers')
+        prompts, answers = _pair('prompts', _as_texts(prompts, 'prompts'), 'answers', _as_texts(answers, 'answers'))
+        images, both = _pair('images', _as_images(images), 'prompts', list(zip(prompts, answers, strict=True)))
+        rows = [self._row(prompt, answer, f'prompts[{i}]') for i, (prompt, answer) in enumerate(both)]
+        run = self._once('score', lambda: jax.jit(self.task.predict['score']))
+        scores = [
+            np.asarray(jax.device_get(run(self.params, batch)), np.float32)[:count]
+            for batch, count in self._batches(rows, images, batch_size)
+        ]
+        return np.concatenate(scores)
+
+    def embed(
+        self,
+        images: ImageLike | Sequence[ImageLike] | None = None,
+        texts: str | Sequence[str] | None = None,
+        *,
+        batch_size: int = 64,
+    ) -> dict[str, np.ndarray]:
+        """Unit vectors whose dot products say how well image and text agree.
+
+        Returns:
+          {'image': float32 [N, E], 'text': float32 [M, E]}, those that were asked for.
+
+        Raises:
+          UserError: a decoder, neither images nor texts, an empty text, an image that cannot be read.
+        """
+        self._require('contrastive', 'embed images and texts')
+        if images is None and texts is None:
+            raise UserError('nothing to embed: give images, texts or both')
+        result = {}
+        if images is not None:
+            images = _as_images(images)
+            run = self._once('embed_image', lambda: jax.jit(self.task.predict['embed_image']))
+            result['image'] = self._embed(run, [{} for _ in images], images, batch_size)
+        if texts is not None:
+            rows = []
+            for i, text in enumerate(_as_texts(texts, 'texts')):
+                ids = self.tokenizer.encode(self._cased(text, f'texts[{i}]'))
+                row, mask = prompt_rows.contrastive_text(ids, self.contract)
+                rows.append({'text': row, 'text_mask': mask})
+            run = self._once('embed_text', lambda: jax.jit(self.task.predict['embed_text']))
+            result['text'] = self._embed(run, rows, None, batch_size)
+        return result
+
+    def _embed(self, run, rows, images, batch_size):
+        parts = [
+            np.asarray(jax.device_get(run(self.params, batch)), np.float32)[:count]
+            for batch, count in self._batches(rows, images, batch_size)
+        ]
+        return np.concatenate(parts)
+
+    def _batches(self, rows, images, batch_size) -> Iterator[tuple[dict[str, Any], int]]:
+        """Batches on the device with the number of their real rows. Row counts are rounded up to powers of two (times
+        the shards of the batch), by repeating the last row, so that few shapes are compiled."""
+        if batch_size < 1:
+            raise UserError(f'batch_size {batch_size}: must be at least 1')
+        shards = self.mesh.shape['data'] * self.mesh.shape['fsdp']
+        last: tuple[Any, Any] = (None, None)
+        for start in range(0, len(rows), batch_size):
+            some = [dict(row) for row in rows[start : start + batch_size]]
+            for i, row in enumerate(some, start):
+                row['id'] = np.array([0, i], np.int32)
+                row['_mask'] = np.array(True)
+                if images is None:
+                    continue
+                if last[0] is not images[i]:  # one image for many prompts is read once
+                    last = images[i], self._pixels(images[i], f'images[{i}]')
+                if self.stage.task == 'generative':
+                    row |= {'image': last[1][None], 'image_mask': np.array([True])}
+                else:
+                    row['image'] = last[1]
+            count = len(some)
+            size = shards * _power_of_two(-(-count // shards))
+            some += [some[-1] | {'_mask': np.array(False)}] * (size - count)
+            batch = {key: np.stack([row[key] for row in some]) for key in some[0]}
+            yield meshes.put_batch(batch, self.mesh), count
+
+    def _row(self, prompt: str, answer: str | None, where: str) -> dict[str, np.ndarray]:
+        prefix = self.tokenizer.encode(self._cased(prompt, where))
+        suffix = None if answer is None else self.tokenizer.encode(self._cased(answer, where))
+        try:
+            return prompt_rows.generative_row(prefix, suffix, self.contract)
+        except UserError as error:
+            raise UserError(f'{where} {_short(prompt)}: {error}') from None
+
+    def _cased(self, text: str, where: str) -> str:
+        if not text.strip():
+            raise UserError(f'{where} is empty: write what the model was trained to read')
+        return text.lower() if self.contract.lower else text
+
+    def _pixels(self, image: ImageLike, where: str) -> np.ndarray:
+        return np.zeros((self.contract.image_size, self.contract.image_size, 3), np.uint8)
+
+    def _require(self, task: str, what: str) -> None:
+        if self.stage.task != task:
+            other = {
+                'generative': 'a PaliGemma-style decoder (a bundle whose task is generative)',
+                'contrastive': 'a dual encoder such as SigLIP (a bundle whose task is contrastive)',
+            }
+            raise UserError(f'this bundle is {self.stage.task} and cannot {what}: that takes {other[task]}')
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._compiled:
+            self._compiled[key] = make()
+        return self._compiled[key]
+
+
+def _as_images(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
+    if isinstance(images, np.ndarray):
+        images = list(images) if images.ndim == 4 else [images]
+    elif isinstance(images, str | os.PathLike | Image.Image):
+        images = [images]
+    images = list(images)
+    if not images:
+        raise UserError('no images: give at least one')
+    return images
+
+
+def _as_texts(texts: str | Sequence[str], what: str) -> list[str]:
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    if not texts:
+        raise UserError(f'no {what}: give at least one')
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UserError(f'{what}[{i}] is a {type(text).__name__}: must be text')
+    return texts
+
+
+def _pair(first: str, a: list, second: str, b: list) -> tuple[list, list]:
+    """Both lists at one length: equal already, or one of them of length 1."""
+    if len(a) != len(b) and 1 not in (len(a), len(b)):
+        raise UserError(f'{len(a)} {first} and {len(b)} {second}: give one of either, or the same number of both')
+    count = max(len(a), len(b))
+    return a * (count // len(a)), b * (count // len(b))
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:37] + '…')

@@ -1,0 +1,169 @@
+"""Answers from a trained bundle: images and prompts in, text out."""
+
+import argparse
+import json
+import os
+import sys
+
+EXAMPLES = """examples:
+  One question about one picture:
+    python -m tools.generate runs/tour/transfer/bundle --image=scene.png --prompt='caption en'
+
+  Several questions about it, or one question about several pictures:
+    python -m tools.generate BUNDLE --image=scene.png --prompt='caption en' --prompt='how many digits are there?'
+    python -m tools.generate BUNDLE --image=a.png --image=b.png --prompt='caption en'
+
+  A question for each picture (the same number of both, paired in order):
+    python -m tools.generate BUNDLE --image=a.png --prompt='caption en' --image=b.png --prompt='what digit is red?'
+
+  One line of JSON per answer, written as soon as it is there:
+    python -m tools.generate BUNDLE --image=scene.png --prompt='caption en' --json
+    {"image": "scene.png", "prompt": "caption en", "text": "a red three", "ids": [..., 1], "log_probs": [-0.02, ...]}
+
+  Boxes: draw what a 'detect' prompt found (for several answers name a folder):
+    python -m tools.generate BUNDLE --image=scene.png --prompt='detect three' --draw=found.png
+
+  A sampled answer; another seed gives another one, the same seed the same one again:
+    python -m tools.generate BUNDLE --image=scene.png --prompt='caption en' --temperature=1 --seed=3
+
+The log-probabilities are the model's own, in nats, one per token (the end-of-text token is the last id).
+The same in Python: big_vlm.load(BUNDLE).generate(images, prompts)
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        prog='python -m tools.generate',
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument('bundle', metavar='BUNDLE', help='folder of a trained model (it contains bundle.json)')
+    result.add_argument('--image', action='append', default=[], metavar='FILE', help='a picture; repeat for several')
+    result.add_argument('--prompt', action='append', default=[], metavar='TEXT', help='a prompt; repeat for several')
+    result.add_argument('--max_new_tokens', type=int, default=64, metavar='N', help='longest answer (default: 64)')
+    result.add_argument(
+        '--temperature', type=float, default=0.0, metavar='T', help='0 takes the most likely token (default), 1 samples'
+    )
+    result.add_argument('--top_k', type=int, default=0, metavar='K', help='sample from the K likeliest tokens (0: all)')
+    result.add_argument('--seed', type=int, default=0, help='of the sampling (default: 0)')
+    result.add_argument('--batch_size', type=int, default=16, metavar='N', help='answers made at once (default: 16)')
+    result.add_argument('--json', action='store_true', help='one JSON object per answer: text, ids, log_probs')
+    result.add_argument('--draw', metavar='OUT.png', help='write the picture with the boxes of the answer drawn in')
+    return result
+
+
+def pairs(images: list[str], prompts: list[str]) -> list[tuple[str, str]]:
+    """(image, prompt) of every answer: one of either is used for all of the other, else they pair up in order."""
+    from big_vlm.config import UserError
+
+    if not images or not prompts:
+        missing = '--image=FILE' if not images else "--prompt='...'"
+        raise UserError(f'{missing} is missing: give at least one image and one prompt (--help shows examples)')
+    if len(images) != len(prompts) and 1 not in (len(images), len(prompts)):
+        raise UserError(
+            f'{len(images)} images and {len(prompts)} prompts: give one of either, or the same number of both'
+        )
+    count = max(len(images), len(prompts))
+    images = images if len(images) == count else images * count
+    prompts = prompts if len(prompts) == count else prompts * count
+    return list(zip(images, prompts, strict=True))
+
+
+def draw_boxes(image_path: str, answer: str, out: str) -> int:
+    """Writes the picture with the answer's boxes and labels drawn in; returns how many boxes there were."""
+    from big_vlm.data.coordinates import text_to_boxes
+    from PIL import ImageDraw
+
+    from big_vlm.bundle import read_image
+
+    picture = read_image(image_path, image_path)
+    width, height = picture.size
+    found = text_to_boxes(answer)
+    pen = ImageDraw.Draw(picture)
+    line = max(1, min(width, height) // 100)
+    for i, ((y1, x1, y2, x2), label) in enumerate(found):
+        color = ('#e6194b', '#3cb44b', '#4363d8', '#f58231', '#911eb4', '#008080')[i % 6]
+        x1, x2, y1, y2 = x1 * width, x2 * width, y1 * height, y2 * height
+        pen.rectangle((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)), outline=color, width=line)
+        pen.text((min(x1, x2) + line + 1, min(y1, y2) + line), label, fill=color)
+    picture.save(out)
+    return len(found)
+
+
+def prepare_drawing(out: str, several: bool) -> None:
+    """Refuses, before anything is loaded, a place to which no picture can be written; makes the folder of several."""
+    from PIL import Image
+
+    from big_vlm.config import UserError
+
+    folder = out if several else os.path.dirname(out) or '.'
+    if several and os.path.splitext(out)[1]:
+        raise UserError(f'--draw={out}: several answers need a folder, such as --draw={os.path.splitext(out)[0]}')
+    if not several and Image.registered_extensions().get(os.path.splitext(out)[1].lower()) not in Image.SAVE:
+        raise UserError(f'--draw={out}: must end in the name of an image format, such as .png')
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'--draw={out}: cannot make the folder {folder}: {error.strerror}') from None
+
+
+def run(argv: list[str]) -> None:
+    """The tool. Raises UserError."""
+    args = parser().parse_args(argv)
+    from big_vlm.config import UserError
+
+    asked = pairs(args.image, args.prompt)
+    if args.batch_size < 1:
+        raise UserError(f'--batch_size={args.batch_size}: must be at least 1')
+    if args.draw:
+        prepare_drawing(args.draw, several=len(asked) > 1)
+    for path in dict.fromkeys(args.image):  # before the minutes that loading a large model takes
+        if not os.path.isfile(path):
+            raise UserError(f'--image={path}: no such file')
+
+    import big_vlm
+
+    bundle = big_vlm.load(args.bundle)
+    answers = bundle.generate_each(
+        [image for image, _ in asked] if len(args.image) > 1 else args.image,
+        [prompt for _, prompt in asked],
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        seed=args.seed,
+        batch_size=args.batch_size,
+    )
+    for i, ((image, prompt), answer) in enumerate(zip(asked, answers, strict=True)):
+        if args.json:
+            line = {'image': image, 'prompt': prompt, 'text': answer.text}
+            line |= {'ids': answer.ids, 'log_probs': [round(x, 6) for x in answer.log_probs]}
+            print(json.dumps(line, ensure_ascii=False), flush=True)
+        else:
+            print(answer.text if len(asked) == 1 else f'{image}  {prompt}\n  {answer.text}', flush=True)
+        if args.draw:
+            out = args.draw if len(asked) == 1 else os.path.join(args.draw, f'{i:04d}.png')
+            count = draw_boxes(image, answer.text, out)
+            print(f'{out}: {count} box{"" if count == 1 else "es"}', file=sys.stderr)
+        if len(asked) > args.batch_size and ((i + 1) % args.batch_size == 0 or i + 1 == len(asked)):
+            print(f'{i + 1} of {len(asked)} answers', file=sys.stderr, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0, or 2 after one line on stderr that says what to do."""
+    from big_vlm.config import UserError
+
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        sys.stderr.close()
+        return 0
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -274,7 +274,7 @@ def test_help_teaches_and_runs_from_anywhere(tmp_path):
 
 
 def test_the_exit_status_is_the_programs_own(checkout):
-    """The real os.execve: the process that was started is the program, so its exit status (and what Ctrl-C does) is too."""
+    """The real os.execve: the started process becomes the program, so its status (and what Ctrl-C does) is too."""
     venv = environment(checkout / '.venv')
     stub = checkout / 'big_vlm'
     stub.mkdir()

@@ -48,14 +48,14 @@ def run(
             rows.append(row)
             texts.append(text)
         if rows:
-            images.append(np.asarray(embed_image(batch), np.float32)[rows])
+            images.append(scores_lib.finite(np.asarray(embed_image(batch))[rows], 'image'))
         if examples and len(texts) == examples:
             break
     if not texts:
         scores_lib.score([], 0.0)  # Raises the error that every evaluator gives.
     unique = {text: group for group, text in enumerate(dict.fromkeys(texts))}
     image_groups, text_groups = np.array([unique[text] for text in texts]), np.arange(len(unique))
-    similarity = np.concatenate(images) @ np.asarray(embed_text(list(unique)), np.float32).T
+    similarity = np.concatenate(images) @ scores_lib.finite(embed_text(list(unique)), 'text').T
     ks = [k for k in ks if k < len(unique)] or list(ks)[:1]
     result: scores_lib.Scores = {}
     for name, matrix, queries, targets in (

@@ -42,6 +42,14 @@ def field(record: Mapping[str, Any], name: str) -> Any:
     return value.decode('utf-8') if isinstance(value, bytes) else value
 
 
+def finite(embeddings: Any, what: str) -> np.ndarray:
+    """Embeddings [N, E] as float32 on the host. UserError if one is not finite: it would rank like any other."""
+    embeddings = np.asarray(embeddings, np.float32)
+    if not np.isfinite(embeddings).all():
+        raise UserError(f'the {what} embeddings hold NaN or infinity: training diverged, or the weights are damaged')
+    return embeddings
+
+
 def score(values: Sequence[float], chance: Sequence[float] | float) -> dict[str, float | int]:
     """Mean of values [N] beside the mean of their chance levels ([N] or one number). UserError if N is 0."""
     if not len(values):

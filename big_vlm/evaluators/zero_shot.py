@@ -38,7 +38,7 @@ def class_embeddings(
             raise config.UserError(f"zero-shot template {template!r} has no '{{}}' for the class name")
     # Not str.format: a brace elsewhere in a template or a class name is just a character.
     texts = [template.replace('{}', name) for template in templates for name in classes]
-    embeddings = _normalise(np.asarray(embed_text(texts), np.float32))
+    embeddings = _normalise(scores_lib.finite(embed_text(texts), 'text'))
     return _normalise(embeddings.reshape(len(templates), len(classes), -1).mean(axis=0))
 
 
@@ -77,7 +77,7 @@ def run(
         rows = scores_lib.real_rows(batch, records)
         if not rows:
             continue
-        embeddings = np.asarray(embed_image(batch), np.float32)[[row for row, _ in rows]]
+        embeddings = scores_lib.finite(np.asarray(embed_image(batch))[[row for row, _ in rows]], 'image')
         labels = [_label(scores_lib.field(record, label_field), classes, label_field) for _, record in rows]
         correct.extend(classification.correct_class(embeddings @ prototypes.T, np.array(labels)))
         kept.extend(record for _, record in rows)

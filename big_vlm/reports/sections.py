@@ -62,7 +62,7 @@ def scores(evaluations: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
             f'<div class="card"><h3>{escape(evaluation)}</h3><table><thead><tr><th></th><th></th><th>score</th>'
             f'<th>chance</th><th>n</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
         )
-    about = 'The dark tick on each bar is what a model that never sees the image would score on the same examples.'
+    about = 'The tick on each bar is what a model that never sees the image would score on the same examples.'
     return _section('Evaluation', about, f'<div class="tables">{"".join(tables)}</div>' if tables else '')
 
 

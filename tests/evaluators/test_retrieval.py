@@ -63,3 +63,12 @@ def test_nothing_to_evaluate():
         run([])
     with pytest.raises(UserError, match="needs field 'text'"):
         run(batches('ab'), text_field='text')
+
+
+def test_a_diverged_model_is_named_not_scored():
+    batch, records = next(batches('ab'))
+    batch['image'][1, 0] = np.nan
+    with pytest.raises(UserError, match='image embeddings hold NaN'):
+        run([(batch, records)])
+    batch['_mask'] = np.array([True, False])  # What padding holds does not matter.
+    assert run([(batch, records)])['image_to_text/R@1']['n'] == 1

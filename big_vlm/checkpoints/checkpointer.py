@@ -36,6 +36,11 @@ class Checkpointer:
             handler_registry=registry,
         )
 
+    @property
+    def directory(self) -> pathlib.Path:
+        """The folder."""
+        return self._directory
+
     def latest_step(self) -> int | None:
         """The newest complete checkpoint."""
         return self._manager.latest_step()

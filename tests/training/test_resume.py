@@ -1,0 +1,103 @@
+"""A killed run, started again, is the run that was never killed: every loss and every final bit."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from big_vlm.reports.writers import read_csv
+
+ROOT = Path(__file__).parents[2]
+TOTAL = 40
+
+
+def start(workdir, delay):
+    workdir.mkdir(exist_ok=True)
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONWARNINGS': 'error::DeprecationWarning:big_vlm'}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / 'tests/training/toy.py'), str(workdir), str(TOTAL), str(delay)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert err == ''
+    return out
+
+
+def wait_for_step(process, workdir, step):
+    """Returns when the run has logged `step`."""
+    path = workdir / 'metrics.csv'
+    for _ in range(6000):
+        if path.exists() and len(path.read_text().splitlines()) > step:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    raise AssertionError('the run did not get there')
+
+
+def losses(workdir):
+    return read_csv(workdir / 'metrics.csv')['loss']
+
+
+def assert_same_run(a, b):
+    assert losses(a) == losses(b)
+    assert [step for step, _ in losses(a)] == list(range(1, TOTAL + 1))
+    x, y = np.load(a / 'final.npz'), np.load(b / 'final.npz')
+    assert sorted(x) == sorted(y)
+    for key in x:
+        np.testing.assert_array_equal(x[key], y[key], err_msg=key)
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('whole') / 'run'
+    finish(start(workdir, 0))
+    first, last = losses(workdir)[0][1], losses(workdir)[-1][1]
+    assert last < first / 2, 'it should learn, or the comparison says little'
+    return workdir
+
+
+def test_killed_twice(whole, tmp_path):
+    """SIGKILL at two random steps. The losses of the repeated steps replace those of the killed run."""
+    rng = random.Random()
+    workdir = tmp_path / 'run'
+    for step in (rng.randint(8, 20), rng.randint(22, 35)):
+        process = start(workdir, 0.05)
+        wait_for_step(process, workdir, step)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not (workdir / 'final.npz').exists()
+    finish(start(workdir, 0))
+    assert_same_run(whole, workdir)
+
+
+def test_asked_to_stop(whole, tmp_path):
+    """SIGTERM: saves where it is, so that nothing is repeated, and says so."""
+    workdir = tmp_path / 'run'
+    process = start(workdir, 0.05)
+    wait_for_step(process, workdir, 10)
+    process.send_signal(signal.SIGTERM)
+    out = finish(process)
+    last = losses(workdir)[-1][0]
+    assert out == f'stopped and saved at step {last}; the same command goes on from there\n'
+    assert str(last) in [f.name for f in (workdir / 'checkpoints').iterdir()]
+    finish(start(workdir, 0))
+    assert_same_run(whole, workdir)
+
+
+def test_a_finished_run_is_left_alone(whole):
+    before = losses(whole)
+    finish(start(whole, 0))
+    assert losses(whole) == before

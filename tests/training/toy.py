@@ -1,0 +1,94 @@
+"""A task small enough to train thousands of steps, with everything that could break a resume: dropout, stats, noise.
+
+Also a program: `python toy.py WORKDIR TOTAL DELAY [DEVICES]` trains it, DELAY seconds a batch, and writes the final
+parameters.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+BATCH = 16
+
+
+def batches(first, delay=0.0):
+    """y = x · w* + noise, from (seed, step) alone."""
+    truth = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+    step = first
+    while True:
+        rng = np.random.default_rng((1, step))
+        x = rng.normal(size=(BATCH, 8)).astype(np.float32)
+        y = x @ truth + 0.1 * rng.normal(size=(BATCH, 4)).astype(np.float32)
+        time.sleep(delay)
+        yield {'x': x, 'y': y, 'id': np.full((BATCH, 2), step, np.int32)}
+        step += 1
+
+
+class Toy:
+    flops_per_example = 3 * 2 * 8 * 4
+
+    def init(self, rng):
+        import jax
+        import jax.numpy as jnp
+
+        return {'w': jax.random.normal(rng, (8, 4)), 'bias': jnp.zeros(4)}, {'mean': jnp.zeros(4)}
+
+    def loss(self, params, stats, batch, rng):
+        import jax
+        import jax.numpy as jnp
+
+        keep = jax.random.bernoulli(rng, 0.95, batch['x'].shape)
+        out = jnp.where(keep, batch['x'], 0) @ params['w'] + params['bias']
+        stats = {'mean': 0.9 * stats['mean'] + 0.1 * out.mean(axis=0)}
+        loss = jnp.mean((out - batch['y'] + 0.01 * stats['mean']) ** 2)
+        return loss, ({'first_id': batch['id'][0, 0]}, stats)
+
+
+def stage(total, **changes):
+    from big_vlm import config
+
+    section = {
+        'task': 'contrastive',
+        'total': {'steps': total},
+        'batch_size': BATCH,
+        'seed': 3,
+        'data': {'sources': {'toy': {}}},
+        'mesh': {'fsdp': 2},
+        'optimizer': {'lr': 0.2, 'weight_decay': 0.01, 'warmup': {'percent': 10.0}, 'ema_decay': 0.9},
+        'checkpoint': {'every': 7, 'keep': 2},
+        'log_every': 1,
+    }
+    return config.parse_stage({**section, **changes})
+
+
+def main():
+    workdir, total, delay = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+    devices = sys.argv[4] if len(sys.argv) > 4 else '4'
+    os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={devices}'
+    import jax
+
+    from big_vlm.config import UserError
+    from big_vlm.reports.writers import CsvWriter
+    from big_vlm.sharding.mesh import make_mesh
+    from big_vlm.training import loop
+
+    writer = CsvWriter(workdir / 'metrics.csv')
+    try:
+        state = loop.train(
+            stage(total), Toy(), lambda first: batches(first, delay), workdir, writer, mesh=make_mesh(fsdp=2)
+        )
+    except loop.Interrupted as stopped:
+        print(stopped)
+        sys.exit(0)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    np.savez(workdir / 'final.npz', **{jax.tree_util.keystr(path): leaf for path, leaf in leaves})
+
+
+if __name__ == '__main__':
+    main()

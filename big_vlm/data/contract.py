@@ -1,0 +1,81 @@
+"""The preprocessing contract: how pixels and text become a model's arrays. It is stored with the weights."""
+
+import dataclasses
+from typing import Any
+
+from big_vlm import config
+from big_vlm.config import UserError, unknown
+from big_vlm.data.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Contract:
+    """All that must be the same at inference as in training.
+
+    image_size: pixels, square.
+    resample, antialias: what `resize` does ('bilinear' | 'bicubic'; low-pass before shrinking or not).
+    value_range: what pixel values 0 and 255 become on the device.
+    text_length: T of contrastive text; the text slots after the image slots of a generative row.
+    lower: text is lower-cased.
+    eos: contrastive text ends in eos, also where it is cut.
+    separator, separator_ids: between prompt and answer, tokenized on its own.
+    image_tokens: image slots of a generative row (0 for dual encoders).
+    vocab_size: ids the tokenizer knows, location and segmentation tokens included.
+    softcap: tanh cap of the decoder's output logits, 0 for none.
+    """
+
+    image_size: int
+    resample: str
+    antialias: bool
+    value_range: tuple[float, float]
+    text_length: int
+    lower: bool
+    eos: bool
+    separator: str
+    separator_ids: tuple[int, ...]
+    image_tokens: int
+    vocab_size: int
+    pad_id: int
+    bos_id: int
+    eos_id: int
+    tokenizer_sha256: str
+    softcap: float = 0.0
+
+    @classmethod
+    def make(
+        cls, settings: config.Contract, tokenizer: Tokenizer, image_tokens: int = 0, softcap: float = 0.0
+    ) -> 'Contract':
+        """The contract of a stage: its settings, its tokenizer, and what its model adds."""
+        return cls(
+            **{f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)},
+            separator_ids=tuple(tokenizer.encode(settings.separator)),
+            image_tokens=image_tokens,
+            vocab_size=tokenizer.vocab_size,
+            pad_id=tokenizer.pad_id,
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.eos_id,
+            tokenizer_sha256=tokenizer.sha256,
+            softcap=softcap,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        values = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> 'Contract':
+        """The inverse of `to_dict`. Raises UserError for a missing or an unknown entry."""
+        names = [f.name for f in dataclasses.fields(cls)]
+        for name in values:
+            if name not in names:
+                raise unknown('entry of the preprocessing contract', name, names)
+        missing = [f.name for f in dataclasses.fields(cls) if f.name not in values and f.default is dataclasses.MISSING]
+        if missing:
+            raise UserError(f'the preprocessing contract lacks {", ".join(missing)}: the file is incomplete')
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    def differences(self, other: 'Contract') -> list[str]:
+        """One 'name: ours, not theirs' for every entry that differs; empty if the two agree."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return [f'{name}: {mine[name]!r}, not {theirs[name]!r}' for name in mine if mine[name] != theirs[name]]

@@ -1,0 +1,284 @@
+"""From sources to batches: one Grain MapDataset whose position is the number of global batches consumed.
+
+Global batch `step` is a pure function of the data's config, the seed and `step`: position p = step · batch_size + row
+picks a record (a weighted mixture of sources, each shuffled anew every epoch), and the record's random operations draw
+from (seed, p). Nothing is dropped: an example that fails is replaced by the next good one of an order drawn from
+(seed, p), and the batch says so.
+"""
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from big_vlm import config
+from big_vlm.config import UserError
+from big_vlm.data import sources, transforms
+from big_vlm.data.contract import Contract
+from big_vlm.data.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
+
+# What becomes part of a batch, if the pipeline makes it.
+ARRAYS = ('image', 'image_mask', 'text', 'text_mask', 'segment', 'position', 'mask_ar', 'mask_loss')
+_FAILURE_SHARE = 0.1  # of a source's examples
+_JUDGED_AFTER = 200  # examples of a source, before its share of failures means anything
+_ATTEMPTS = 100
+_NAMED = 5  # failures per source that the log names
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass
+class _Part:
+    """One source of a mixture, and how it fares in this process."""
+
+    name: str
+    source: Any
+    pipeline: transforms.Pipeline
+    weight: float
+    tried: int = 0
+    failed: int = 0
+
+
+def open_sources(data: config.Data) -> list[_Part]:
+    """The sources of a mixture with their pipelines. Raises UserError as `sources.load` and `transforms.parse` do."""
+    if not data.sources:
+        raise UserError('data.sources is empty: name at least one source')
+    parts = []
+    for name, settings in data.sources.items():
+        pipeline = transforms.parse(settings.pipeline, where=f'data.sources.{name}.pipeline')
+        source = sources.load(settings.dataset, settings.split, data.data_dir)
+        if settings.weight > 0:
+            parts.append(_Part(name, source, pipeline, settings.weight))
+    if not parts:
+        raise UserError('data.sources: every weight is 0')
+    return parts
+
+
+def num_examples(data: config.Data) -> int:
+    """Examples of one epoch: the records of all sources, whatever their weights."""
+    return sum(len(part.source) for part in open_sources(data))
+
+
+def training_texts(data: config.Data, lower: bool = True, records: int = 4000) -> Iterator[str]:
+    """What the pipelines make of the sources' text, to train a tokenizer on: of each up to `records`, evenly spaced."""
+    for part in open_sources(data):
+        for index in range(0, len(part.source), max(len(part.source) // records, 1)):
+            for text in part.pipeline.texts(part.source[index]):
+                yield text.lower() if lower else text
+
+
+def train_batches(
+    data: config.Data,
+    contract: Contract,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    seed: int,
+    shard: tuple[int, int] = (0, 1),
+) -> grain.MapDataset:
+    """`ds[step]` is this shard's rows of global batch `step`, for any step from 0 on; resuming is `ds[step:]`.
+
+    Shard (index, count) holds its contiguous part of the B rows, so the shards' batches, put together in order, are the
+    batch of shard (0, 1). A batch has the arrays of DESIGN's contract, `id` int32 [b,2] (number of the source,
+    record) and `replaced` bool [b]. Raises UserError if count does not divide B; a batch raises it for a source where
+    more than a tenth of the examples fail.
+    """
+    index, count = shard
+    if batch_size % count:
+        raise UserError(f'batch_size {batch_size} does not divide among {count} data shards: use a multiple of {count}')
+    parts = open_sources(data)
+    _let_grain_run()
+    load = _LoadBatch(parts, contract, tokenizer, batch_size, seed, range(batch_size)[_rows(batch_size, shard)])
+    # As many steps as positions fit into a 64-bit integer.
+    return grain.MapDataset.range(2**62 // batch_size).map(load)
+
+
+def _rows(batch_size: int, shard: tuple[int, int]) -> slice:
+    index, count = shard
+    return slice(index * batch_size // count, (index + 1) * batch_size // count)
+
+
+def _order(parts: list[_Part], seed: int) -> grain.MapDataset:
+    """Position → (number of the source, record): every source shuffled each epoch, mixed by weight."""
+    seeds = np.random.SeedSequence(seed).generate_state(len(parts))
+    orders = [
+        grain.MapDataset.range(len(part.source)).map(_Numbered(n)).shuffle(seed=int(seeds[n])).repeat()
+        for n, part in enumerate(parts)
+    ]
+    return orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, [part.weight for part in parts])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Numbered:
+    number: int
+
+    def __call__(self, index: int) -> tuple[int, int]:
+        return self.number, index
+
+
+class _LoadBatch:
+    """step → batch. Pickles (for worker processes); each process counts its own failures."""
+
+    def __init__(self, parts: list[_Part], contract: Contract, tokenizer: Tokenizer, size: int, seed: int, rows: range):
+        self.parts, self.contract, self.tokenizer = parts, contract, tokenizer
+        self.size, self.seed, self.rows = size, seed, rows
+        self._order = _order(parts, seed)
+        self._lock = threading.Lock()
+
+    def __call__(self, step: int) -> Batch:
+        return stack([self._example(int(step) * self.size + row) for row in self.rows])
+
+    def _example(self, position: int) -> Batch:
+        number, index = self._order[position]
+        part = self.parts[number]
+        replacements = failure = None
+        for attempt in range(_ATTEMPTS):
+            context = transforms.Context(self.contract, self.tokenizer, train=True, seed=(self.seed, position, attempt))
+            try:
+                example = arrays(part.pipeline(part.source[index], context))
+                self._count(part, index, None)
+            except UserError as error:
+                raise UserError(f'data.sources.{part.name}: {error} (record {index})') from error
+            except Exception as error:
+                self._count(part, index, error)
+                failure = error
+                if replacements is None:
+                    replacements = np.random.default_rng((self.seed, position))
+                index = int(replacements.integers(len(part.source)))
+                continue
+            example['id'] = np.array([number, part.source.original(index)], np.int32)
+            example['replaced'] = np.array(attempt > 0)
+            return example
+        raise UserError(f'data.sources.{part.name}: {_ATTEMPTS} records in a row failed, the last one with: {failure}')
+
+    def _count(self, part: _Part, index: int, error: Exception | None) -> None:
+        with self._lock:
+            part.tried += 1
+            if error is None:
+                return
+            part.failed += 1
+            tried, failed = part.tried, part.failed
+        if failed <= _NAMED:
+            more = ' (further ones are only counted)' if failed == _NAMED else ''
+            _log.warning('data.sources.%s: record %d replaced: %s%s', part.name, index, error, more)
+        if tried >= _JUDGED_AFTER and failed > _FAILURE_SHARE * tried:
+            raise UserError(
+                f'data.sources.{part.name}: {failed} of {tried} examples failed, the last one, record {index}, with: '
+                f'{error}; check the pipeline and the data'
+            )
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in self.__dict__.items() if k != '_lock'}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+
+def arrays(example: dict) -> Batch:
+    """The arrays of an example that belong in a batch."""
+    found = {key: example[key] for key in ARRAYS if key in example and isinstance(example[key], np.ndarray)}
+    if not found:
+        raise UserError('the pipeline makes no arrays: it needs decode, and text(…) or tokenize')
+    return found
+
+
+def stack(examples: list[Batch]) -> Batch:
+    """Examples → batch. Raises UserError where they differ in keys or shapes."""
+    keys = examples[0].keys()
+    for example in examples:
+        if example.keys() != keys:
+            raise UserError(f'the pipelines make different arrays: {sorted(keys)} here, {sorted(example)} there')
+        for key in keys:
+            if example[key].shape != examples[0][key].shape:
+                shapes = f'{list(examples[0][key].shape)} and {list(example[key].shape)}'
+                raise UserError(f'{key} has shapes {shapes} in one batch: add resize(…) to the pipeline')
+    return {key: np.stack([example[key] for example in examples]) for key in keys}
+
+
+class Batches:
+    """Iterates over a dataset of batches from a position on, loading ahead.
+
+    `replaced` counts the replaced examples of the batches given out so far (this process's rows).
+    """
+
+    def __init__(self, ds: grain.MapDataset, start: int, threads: int, workers: int, prefetch: int):
+        _let_grain_run()
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads))
+        batches = ds[start:].to_iter_dataset(options)
+        if workers:
+            batches = batches.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=prefetch))
+        self._iterator = iter(batches)
+        self.replaced = 0
+
+    def __iter__(self) -> 'Batches':
+        return self
+
+    def __next__(self) -> Batch:
+        batch = dict(next(self._iterator))
+        self.replaced += int(batch.pop('replaced').sum())
+        return batch
+
+
+def iterate(
+    ds: grain.MapDataset, start_step: int = 0, threads: int = 2, workers: int = 0, prefetch: int = 2
+) -> Batches:
+    """Batches from `start_step` on, made ahead by threads, or by worker processes where `workers` > 0."""
+    return Batches(ds, start_step, threads, workers, prefetch)
+
+
+def _let_grain_run() -> None:
+    # Grain reads absl flags, which are unparsed outside absl programs.
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def eval_batches(
+    source: Any,
+    pipeline: transforms.Pipeline,
+    contract: Contract,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    examples: int = 0,
+    shard: tuple[int, int] = (0, 1),
+    seed: int = 0,
+) -> Iterator[tuple[Batch, list[dict]]]:
+    """(batch, records) over the first `examples` of a source (0: all), in order, each once.
+
+    Batches have a fixed size (this shard's rows of `batch_size`); the last is padded with copies of its first row, and
+    `_mask` bool [b] is False there. `records` are the examples of the real rows, pictures left out: the source's fields
+    and what the pipeline added (`prefix`, `suffix`, `kind`, `boxes` …). Random operations draw from (seed, record). An
+    example that fails stops the evaluation with a UserError that names it.
+    """
+    if batch_size % shard[1]:
+        raise UserError(f'batch_size {batch_size} does not divide among {shard[1]} data shards')
+    total = min(examples, len(source)) if examples else len(source)
+    rows = range(batch_size)[_rows(batch_size, shard)]
+    for start in range(0, total, batch_size):
+        # A shard with no real row left still gives a batch of the same shapes.
+        real = [start + row for row in rows if start + row < total]
+        loaded = [_eval_example(source, i, pipeline, contract, tokenizer, seed) for i in real or [start]]
+        made = [example for example, _ in loaded]
+        batch = stack(made + [made[0]] * (len(rows) - len(made)))
+        batch['_mask'] = np.arange(len(rows)) < len(real)
+        yield batch, [record for _, record in loaded[: len(real)]]
+
+
+def _eval_example(
+    source: Any, i: int, pipeline: transforms.Pipeline, contract: Contract, tokenizer: Tokenizer, seed: int
+) -> tuple[Batch, dict]:
+    index = source.original(i)
+    context = transforms.Context(contract, tokenizer, train=False, seed=(seed, index))
+    try:
+        example = pipeline(source[i], context)
+        made = arrays(example)
+    except Exception as error:
+        raise UserError(f'{source.name}: record {index} failed in evaluation: {error}') from error
+    made['id'] = np.array([0, index], np.int32)
+    record = {k: v for k, v in example.items() if k not in ARRAYS and not isinstance(v, bytes)}
+    return made, record

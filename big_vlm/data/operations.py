@@ -1,0 +1,186 @@
+"""The operations of the pipeline language. Each changes an example in place: `operation(example, context, …)`.
+
+What they raise decides what happens: a UserError is a wrong pipeline and stops the run; anything else is a bad example,
+which training replaces and counts, and which evaluation reports by name.
+
+    decode            the picture's bytes → uint8 RGB
+    resize            to a square, as the contract says unless told otherwise
+    text              a dual encoder's text and text_mask
+    prefix, suffix    prompt and answer, from a field or a template: suffix('{caption}')
+    question          prompt and answer from the example's questions, one at random
+    detect            prompt and answer for boxes of an object, or of every digit
+    tokenize          the decoder's rows from prefix and suffix
+
+An example may carry `objects` (columns bbox, color, digit …) and `questions` (columns question, answer, kind).
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from big_vlm.config import UserError, unknown
+from big_vlm.data import images, prompts
+from big_vlm.data.builders import scene_language
+from big_vlm.data.coordinates import boxes_to_text
+
+if TYPE_CHECKING:
+    from big_vlm.data.transforms import Context
+
+Example = dict[str, Any]
+_FIELD = re.compile(r'\{(\w+)\}')
+
+
+def decode(example: Example, context: 'Context', key: str = 'image') -> None:
+    """Encoded picture → uint8 [H,W,3] (`images.decode`)."""
+    example[key] = images.decode(_field(example, key))
+
+
+def resize(
+    example: Example,
+    context: 'Context',
+    size: int,
+    method: Literal['', 'bilinear', 'bicubic'] = '',
+    antialias: bool | None = None,
+) -> None:
+    """uint8 [H,W,3] → uint8 [size,size,3]; the contract decides what is left open."""
+    contract = context.contract
+    if size != contract.image_size:
+        raise UserError(f'resize({size}), but contract.image_size is {contract.image_size}: make them the same')
+    picture = _field(example, 'image')
+    if not isinstance(picture, np.ndarray):
+        raise UserError('resize before decode: write decode | resize(…)')
+    smooth = contract.antialias if antialias is None else antialias
+    example['image'] = images.resize(picture, size, method or contract.resample, smooth)
+
+
+def text(example: Example, context: 'Context', source: str) -> None:
+    """`text` int32 [T] and `text_mask` bool [T] of a field ('caption') or a template ('a photo of {caption}')."""
+    ids = context.tokenizer.encode(_cased(_fill(example, source), context))
+    example['text'], example['text_mask'] = prompts.contrastive_text(ids, context.contract)
+
+
+def prefix(example: Example, context: 'Context', template: str) -> None:
+    """The prompt: plain words ('caption en') or a template with fields ('{question}')."""
+    example['prefix'] = _cased(_template(example, template), context)
+
+
+def suffix(example: Example, context: 'Context', template: str) -> None:
+    """The answer, from a template with fields ('{caption}')."""
+    example['suffix'] = _cased(_template(example, template), context)
+
+
+def question(example: Example, context: 'Context', *kinds: str) -> None:
+    """Prompt, answer and `kind` of one of the example's questions: a kind at random, then one of that kind.
+
+    With `kinds`, only of those; an example that has none is a bad one.
+    """
+    asked = _field(example, 'questions')
+    present = list(dict.fromkeys(asked['kind']))
+    for kind in kinds:
+        if kind not in present and kind not in scene_language.KINDS:
+            raise unknown('question kind', kind, {*present, *scene_language.KINDS})
+    eligible = [kind for kind in present if not kinds or kind in kinds]
+    if not eligible:
+        raise ValueError(f'no question of kind {", ".join(kinds) or "any"} (it has {", ".join(present) or "none"})')
+    example['kind'] = eligible[context.rng.integers(len(eligible))]
+    rows = [i for i, kind in enumerate(asked['kind']) if kind == example['kind']]
+    row = rows[context.rng.integers(len(rows))]
+    example['prefix'] = _cased(asked['question'][row], context)
+    example['suffix'] = _cased(asked['answer'][row], context)
+
+
+def detect(example: Example, context: 'Context', what: Literal['object', 'digit'] = 'object') -> None:
+    """Prompt and answer for boxes: 'detect red three', an object at random, or 'detect digit', all of them.
+
+    The answer names each box: '<loc…><loc…><loc…><loc…> red three', several joined by ' ; ', in the scene's order.
+    `boxes` float [N,4] (y1 x1 y2 x2 in 0..1) stay in the record.
+    """
+    objects = _field(example, 'objects')
+    names = _names(objects)
+    if not names:
+        raise ValueError('nothing to detect: the example has no objects')
+    if what == 'digit':
+        target, chosen = 'digit', list(range(len(names)))
+    else:
+        target = names[context.rng.integers(len(names))]
+        chosen = [i for i, name in enumerate(names) if name == target]
+    example['boxes'] = np.asarray(objects['bbox'])[chosen]
+    example['prefix'] = _cased(f'detect {target}', context)
+    labels = [names[i] for i in chosen]
+    example['suffix'] = _cased(boxes_to_text([tuple(map(float, box)) for box in example['boxes']], labels), context)
+
+
+def tokenize(example: Example, context: 'Context') -> None:
+    """The decoder's rows (`prompts.generative_row`) from `prefix` and, in training, `suffix`.
+
+    The picture gets its leading axis of one image, and `image_mask`. A prompt that does not fit is a bad example in
+    training and an error in evaluation.
+    """
+    encode = context.tokenizer.encode
+    answer = encode(_field(example, 'suffix')) if context.train else None
+    try:
+        example.update(prompts.generative_row(encode(_field(example, 'prefix')), answer, context.contract))
+    except prompts.TooLong as error:
+        if context.train:
+            raise ValueError(str(error)) from error
+        raise
+    example['image'] = _field(example, 'image')[None]
+    example['image_mask'] = np.ones(1, bool)
+
+
+OPERATIONS: dict[str, Callable[..., None]] = {
+    operation.__name__: operation for operation in (decode, resize, text, prefix, suffix, question, detect, tokenize)
+}
+
+
+def _question_texts(record: dict, *kinds: str) -> Iterator[str]:
+    asked = _field(record, 'questions')
+    yield from asked['question']
+    yield from asked['answer']
+
+
+def _detect_texts(record: dict, what: str = 'object') -> Iterator[str]:
+    for name in dict.fromkeys(_names(_field(record, 'objects'))):
+        yield f'detect {name if what == "object" else what}'
+        # As an answer holds it: after a location token, with a space in front, and the joint between two.
+        yield f' {name} ; '
+
+
+# The texts that an operation takes from a record.
+TEXTS: dict[str, Callable[..., Iterator[str]]] = {
+    'text': lambda record, source: iter([_fill(record, source)]),
+    'prefix': lambda record, template: iter([_template(record, template)]),
+    'suffix': lambda record, template: iter([_template(record, template)]),
+    'question': _question_texts,
+    'detect': _detect_texts,
+}
+
+
+def _names(objects: dict) -> list[str]:
+    return [
+        scene_language.name({'color': color, 'digit': int(digit)})
+        for color, digit in zip(objects['color'], objects['digit'], strict=True)
+    ]
+
+
+def _field(example: Example, name: str) -> Any:
+    if name not in example:
+        raise unknown('field', name, example, 'in a pipeline')
+    return example[name]
+
+
+def _template(example: Example, template: str) -> str:
+    """Not str.format: a template names fields and nothing else, and other braces are just characters."""
+    if '{' not in template:
+        return template
+    return _FIELD.sub(lambda match: str(_field(example, match[1])), template)
+
+
+def _fill(example: Example, source: str) -> str:
+    return _template(example, source) if '{' in source else str(_field(example, source))
+
+
+def _cased(value: str, context: 'Context') -> str:
+    return value.lower() if context.contract.lower else value

@@ -1,0 +1,147 @@
+"""Text to ids and back: a SentencePiece model, then 1024 location and 128 segmentation tokens after its last piece."""
+
+import functools
+import hashlib
+import io
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from big_vlm.config import UserError
+from big_vlm.data.coordinates import NUM_LOCATIONS, NUM_SEGMENTS, TOKEN
+
+_REMEMBERED = 1 << 16  # texts; captions and questions repeat
+
+
+class Tokenizer:
+    """`encode` and `decode`, and the ids everyone needs: `pad_id`, `bos_id`, `eos_id`, `vocab_size`.
+
+    A text is cut at its location and segmentation tokens, and each part goes through SentencePiece on its own. No space
+    is added in front: 'red' and ' red' are different pieces, in a text's beginning as after a token. bos and eos are
+    never added here.
+    """
+
+    def __init__(self, model: bytes, path: str = ''):
+        """`model`: the bytes of a SentencePiece model file. `path`: where they came from."""
+        self._model = model
+        self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.path = path
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        self.base = self._pieces.vocab_size()
+        self.vocab_size = self.base + NUM_LOCATIONS + NUM_SEGMENTS
+        self.pad_id, self.bos_id, self.eos_id = self._pieces.pad_id(), self._pieces.bos_id(), self._pieces.eos_id()
+        # Bound to this instance, so that a tokenizer that goes takes its memory along.
+        self._encode = functools.lru_cache(maxsize=_REMEMBERED)(self._encode_uncached)
+
+    @classmethod
+    def load(cls, path: str | Path) -> 'Tokenizer':
+        """Reads a SentencePiece model file. Raises UserError if there is none, or if it lacks pad, bos or eos."""
+        try:
+            model = Path(path).read_bytes()
+        except OSError as error:
+            raise UserError(f'cannot read tokenizer {path}: {error.strerror}') from error
+        try:
+            tokenizer = cls(model, str(path))
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f'{path} is not a SentencePiece model') from error
+        for name in ('pad_id', 'bos_id', 'eos_id'):
+            if getattr(tokenizer, name) < 0:
+                raise UserError(f'tokenizer {path} has no {name}: choose a model that defines pad, bos and eos')
+        return tokenizer
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, path: str | Path) -> 'Tokenizer':
+        """Trains byte-pair pieces on texts and writes the model to `path`.
+
+        The ids are Gemma's where that matters: pad 0, eos 1, bos 2, unk 3; newline is a piece of its own, and 256 byte
+        pieces spell what the texts never held. The same texts in the same order give the same file. A vocabulary that
+        the texts cannot fill comes out smaller; one too small to hold the bytes and the texts' characters is a
+        UserError, as are texts that are all empty.
+        """
+        texts = [line for text in texts for line in TOKEN.sub(' ', text).split('\n') if line.strip()]
+        if not texts:
+            raise UserError('no text to train a tokenizer on: the pipelines of the training data produce none')
+        model = _train(texts, vocab_size)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_bytes(model)
+        return cls(model, str(path))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without bos or eos. encode('a<loc0007>') = [*encode('a'), base + 7]."""
+        return list(self._encode(text))
+
+    def _encode_uncached(self, text: str) -> tuple[int, ...]:
+        if '<' not in text:
+            return tuple(self._pieces.encode(text))
+        ids, start = [], 0
+        for match in TOKEN.finditer(text):
+            ids += self._pieces.encode(text[start : match.start()])
+            token, start = match.group(), match.end()
+            ids.append(self.base + int(token[4:-1]) + (NUM_LOCATIONS if token.startswith('<seg') else 0))
+        return tuple(ids + self._pieces.encode(text[start:]))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; pad, bos and eos leave no trace. An id beyond the vocabulary becomes U+FFFD."""
+        text, pieces = '', []
+        for i in map(int, ids):
+            if 0 <= i < self.base:
+                pieces.append(i)
+                continue
+            text += self._decode_pieces(pieces) + self.piece(i)
+            pieces = []
+        return text + self._decode_pieces(pieces)
+
+    def _decode_pieces(self, pieces: list[int]) -> str:
+        # A space spelt in bytes comes back as SentencePiece's own mark.
+        return self._pieces.decode(pieces).replace('▁', ' ') if pieces else ''
+
+    def piece(self, i: int) -> str:
+        """The piece of an id as the model stores it: '▁red', '<0x0A>', '<loc0012>'; U+FFFD beyond the vocabulary."""
+        if 0 <= i < self.base:
+            return self._pieces.id_to_piece(i)
+        number = i - self.base
+        if 0 <= number < NUM_LOCATIONS:
+            return f'<loc{number:04d}>'
+        if 0 <= number - NUM_LOCATIONS < NUM_SEGMENTS:
+            return f'<seg{number - NUM_LOCATIONS:03d}>'
+        return '\ufffd'
+
+    def save(self, path: str | Path) -> None:
+        """Writes the SentencePiece model file."""
+        Path(path).write_bytes(self._model)
+
+    def __reduce__(self) -> tuple:
+        return Tokenizer, (self._model, self.path)
+
+
+def _train(texts: list[str], vocab_size: int) -> bytes:
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type='bpe',
+            byte_fallback=True,
+            pad_id=0,
+            eos_id=1,
+            bos_id=2,
+            unk_id=3,
+            user_defined_symbols=['\n'],
+            # What is encoded is what was written: no added space, no changed characters, no folded spaces.
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            normalization_rule_name='identity',
+            character_coverage=1.0,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        if most := re.search(r'value <= (\d+)', str(error)):
+            return _train(texts, int(most[1]))
+        if least := re.search(r'required_chars\. \d+ vs (\d+)', str(error)):
+            raise UserError(f'tokenizer.vocab_size {vocab_size} cannot hold the text: use {least[1]} or more') from None
+        raise UserError(f'cannot train a tokenizer of {vocab_size} pieces: {str(error).strip()}') from error
+    return model.getvalue()

@@ -112,7 +112,7 @@ def _step(
         'lr': info.learning_rate(state.step),
         'grad_norm': _norm(grads, info.trainable),
         'update_norm': _norm(updates, info.trainable),
-        'param_norm': optax.global_norm(params),
+        'param_norm': optax.tree.norm(params),
     }
     metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
     return TrainState(state.step + 1, params, stats, opt_state, ema), metrics
@@ -121,4 +121,4 @@ def _step(
 def _norm(tree: Any, trainable: Any) -> jax.Array:
     """Over what is trained: a frozen parameter's gradient, used nowhere, is then never computed."""
     leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(trainable), strict=True)
-    return optax.global_norm([leaf for leaf, trained in leaves if trained])
+    return optax.tree.norm([leaf for leaf, trained in leaves if trained])

@@ -47,12 +47,12 @@ class Toy:
         return loss, ({'first_id': batch['id'][0, 0]}, stats)
 
 
-def stage(total, **changes):
+def stage(steps=0, **changes):
     from big_vlm import config
 
     section = {
         'task': 'contrastive',
-        'total': {'steps': total},
+        'total': {'steps': steps},
         'batch_size': BATCH,
         'seed': 3,
         'data': {'sources': {'toy': {}}},

@@ -1,0 +1,198 @@
+"""The loop's order, what it writes, and what it refuses."""
+
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from toy import BATCH, Toy, batches, stage
+
+from big_vlm.checkpoints import load_weights
+from big_vlm.config import UserError
+from big_vlm.reports.writers import CsvWriter, read_csv
+from big_vlm.sharding.mesh import make_mesh
+from big_vlm.training import loop
+
+
+class Events:
+    """A writer that remembers the order in which things happen."""
+
+    def __init__(self):
+        self.seen = []
+
+    def write(self, step, values):
+        self.seen.append(('log' if 'loss' in values else 'write', step))
+        assert all(type(value) is float for value in values.values())
+
+    def rewind(self, step):
+        self.seen.append(('rewind', step))
+
+    def batches(self, first):
+        for i, batch in enumerate(batches(first)):
+            self.seen.append(('fetch', first + i))
+            yield batch
+
+    def evaluate(self, name, step, state):
+        assert state.step == step
+        self.seen.append((name, step))
+        return {name: float(step)}
+
+
+def train_to_csv(config, path, mesh, source=batches):
+    writer = CsvWriter(path)
+    state = loop.train(config, Toy(), source, path.parent, writer, mesh=mesh)
+    writer.close()
+    return state, read_csv(path)
+
+
+@pytest.fixture
+def mesh():
+    return make_mesh(devices=jax.devices()[:1])
+
+
+EVALS = {
+    'often': {'kind': 'retrieval', 'every': 2},
+    'last': {'kind': 'retrieval'},
+}
+
+
+def test_order_is_evaluate_save_fetch_step_log(tmp_path, mesh, monkeypatch):
+    events = Events()
+    save = loop.Checkpointer.save
+    monkeypatch.setattr(
+        loop.Checkpointer, 'save', lambda self, step, *a: (events.seen.append(('save', step)), save(self, step, *a))
+    )
+    config = stage(4, evals=EVALS, checkpoint={'every': 2}, log_every=3)
+    loop.train(config, Toy(), events.batches, tmp_path, events, mesh=mesh, evaluate=events.evaluate)
+    assert events.seen == [
+        ('rewind', 0),
+        *[('fetch', 0), ('log', 1), ('fetch', 1)],
+        *[('often', 2), ('write', 2), ('save', 2), ('fetch', 2), ('log', 3), ('fetch', 3), ('log', 4)],
+        *[('often', 4), ('write', 4), ('last', 4), ('write', 4), ('save', 4)],
+    ]
+
+
+def test_goes_on_where_it_saved_without_repeating_evaluations(tmp_path, mesh):
+    config = stage(4, evals=EVALS, checkpoint={'every': 2}, log_every=3)
+    short = stage(2, evals=EVALS, checkpoint={'every': 2}, log_every=3)
+    loop.train(short, Toy(), batches, tmp_path, Events(), mesh=mesh, evaluate=Events().evaluate)
+    events = Events()
+    loop.train(config, Toy(), events.batches, tmp_path, events, mesh=mesh, evaluate=events.evaluate)
+    assert events.seen[:3] == [('rewind', 2), ('fetch', 2), ('log', 3)]
+    assert ('often', 2) not in events.seen and ('often', 4) in events.seen
+
+
+def test_a_stop_postpones_the_evaluation(tmp_path, mesh):
+    config = stage(6, evals=EVALS, checkpoint={'every': 100})
+    events = Events()
+
+    def stopping(first):
+        for i, batch in enumerate(events.batches(first)):
+            if first + i == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(loop.Interrupted, match='stopped and saved at step 4'):
+        loop.train(config, Toy(), stopping, tmp_path, events, mesh=mesh, evaluate=events.evaluate)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert ('often', 2) in events.seen and ('often', 4) not in events.seen
+    events = Events()
+    loop.train(config, Toy(), batches, tmp_path, events, mesh=mesh, evaluate=events.evaluate)
+    assert events.seen[:3] == [('rewind', 4), ('often', 4), ('write', 4)]
+
+
+def test_metrics_and_weights_it_leaves(tmp_path, mesh):
+    def with_data_metric(first):
+        for batch in batches(first):
+            yield {**batch, loop.HOST_METRIC + 'images_replaced': np.int64(first + 2)}
+
+    state, table = train_to_csv(stage(5, log_every=2), tmp_path / 'm.csv', mesh, with_data_metric)
+    assert [step for step, _ in table['loss']] == [1, 2, 4, 5]
+    assert table['first_id'] == [(1, 0.0), (2, 1.0), (4, 3.0), (5, 4.0)]
+    assert table['images_replaced'][0] == (1, 2.0)
+    assert {'lr', 'grad_norm', 'update_norm', 'param_norm'} <= set(table)
+    assert [step for step, _ in table['examples_per_second']] == [2, 4, 5]
+    assert all(0 < mfu < 1 for _, mfu in table['mfu'])
+    weights = load_weights(tmp_path / 'checkpoints')
+    np.testing.assert_array_equal(weights['w'], state.params['w'])
+
+
+def test_initial_params_are_for_the_first_start_alone(tmp_path, mesh):
+    calls = []
+
+    def initial(params):
+        calls.append(1)
+        return jax.tree.map(lambda x: x * 0 + 7, params)
+
+    frozen = {'lr': 0.0, 'ema_decay': 0.5}
+    for total in (1, 2):
+        config = stage(total, optimizer=frozen)
+        state = loop.train(config, Toy(), batches, tmp_path, Events(), mesh=mesh, initial_params=initial)
+    assert calls == [1]
+    for tree in (state.params, state.ema):
+        np.testing.assert_array_equal(tree['w'], np.full((8, 4), 7.0))
+
+
+def test_on_another_mesh(tmp_path):
+    """A run goes on with other devices; sums in another order, nothing else."""
+    losses = []
+    for sizes in ((1, 1), (4, 2)):
+        workdir = tmp_path / str(sizes[0])
+        for total, mesh_sizes in ((4, (1, 1)), (8, sizes)):
+            mesh_ = make_mesh(*mesh_sizes, devices=jax.devices()[: mesh_sizes[0] * mesh_sizes[1]])
+            # A constant rate, as the shorter run does not know the longer one's schedule.
+            config = stage(total, optimizer={'lr': 0.2, 'schedule': 'constant'})
+            _, table = train_to_csv(config, workdir / 'm.csv', mesh_)
+        losses.append([loss for _, loss in table['loss']])
+    assert len(losses[0]) == 8
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'seed': 4}, 'made with seed 3, this run has 4'),
+        ({'batch_size': 32}, 'made with batch_size 16, this run has 32'),
+        ({'optimizer': {'name': 'adafactor'}}, 'does not fit this model or optimizer'),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, mesh, changes, message):
+    loop.train(stage(1), Toy(), batches, tmp_path, Events(), mesh=mesh)
+    with pytest.raises(UserError, match=message):
+        loop.train(stage(2, **changes), Toy(), batches, tmp_path, Events(), mesh=mesh)
+
+
+def test_extra_must_stay_the_same(tmp_path, mesh):
+    contract = {'contract': {'value_range': (-1.0, 1.0)}}
+    for total in (1, 2):
+        loop.train(stage(total), Toy(), batches, tmp_path, Events(), mesh=mesh, extra=contract)
+    with pytest.raises(UserError, match='made with contract'):
+        loop.train(stage(3), Toy(), batches, tmp_path, Events(), mesh=mesh, extra={'contract': {'value_range': (0, 1)}})
+
+
+def test_mistakes(tmp_path, mesh):
+    def poisoned(first):
+        for i, batch in enumerate(batches(first)):
+            yield {**batch, 'y': batch['y'] * (np.nan if first + i == 2 else 1)}
+
+    with pytest.raises(UserError, match='step 3: the loss is nan'):
+        loop.train(stage(9, checkpoint={'every': 3}), Toy(), poisoned, tmp_path / 'a', Events(), mesh=mesh)
+    assert not (tmp_path / 'a' / 'checkpoints' / '3').exists()
+
+    def ending(first):
+        return list(batch for batch, _ in zip(batches(first), range(2), strict=False))
+
+    with pytest.raises(UserError, match='the training data ended before step 2'):
+        loop.train(stage(9), Toy(), ending, tmp_path / 'b', Events(), mesh=mesh)
+    with pytest.raises(UserError, match=r'config\.pretrain\.total\.epochs: the number of examples'):
+        loop.train(stage(total={'epochs': 1}), Toy(), batches, tmp_path, Events(), mesh=mesh, where='config.pretrain')
+    with pytest.raises(UserError, match=f'batch_size={BATCH - 1} does not divide'):
+        loop.train(stage(1, batch_size=BATCH - 1), Toy(), batches, tmp_path, Events(), mesh=make_mesh())
+
+
+def test_total_steps():
+    assert loop.total_steps(stage(total={'epochs': 2}), examples_per_epoch=100) == 13
+    with pytest.raises(UserError, match='less than one step'):
+        loop.total_steps(stage(total={'epochs': 1}), examples_per_epoch=0)

@@ -1,0 +1,20 @@
+"""What is trained: batch → loss, metrics and predictions. One class per task, all with the same methods."""
+
+from __future__ import annotations
+
+from jax.sharding import Mesh
+
+from big_vlm import config
+from big_vlm.data.contract import Contract
+from big_vlm.tasks.contrastive import Contrastive
+from big_vlm.tasks.generative import Generative
+
+TASKS = {task.kind: task for task in (Contrastive, Generative)}
+Task = Contrastive | Generative
+
+
+def make(stage: config.Stage, contract: Contract, mesh: Mesh | None = None) -> Task:
+    """The task that `stage.task` names. Raises UserError for what the model section cannot mean."""
+    if stage.task not in TASKS:
+        raise config.unknown('task', stage.task, TASKS, 'task')
+    return TASKS[stage.task](stage, contract, mesh)

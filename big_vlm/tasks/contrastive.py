@@ -1,0 +1,94 @@
+"""The contrastive task: an image tower and a text tower drawn together by a pairwise loss (SigLIP, arXiv 2303.15343)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from big_vlm import config
+from big_vlm.data.contract import Contract
+from big_vlm.models import two_towers
+from big_vlm.ops import contrastive, pixels
+
+LOSSES = ('sigmoid',)
+
+
+class Contrastive:
+    """Batches of `image` uint8 [B,H,W,3], `text` int32 [B,T] and `text_mask` bool [B,T] → loss, metrics, embeddings.
+
+    Args:
+      stage: the validated stage; its `model` section says which towers and which loss.
+      contract: image size, text length and vocabulary.
+      mesh: the devices around which the ring loss passes text embeddings; None needs `loss_form='dense'`.
+
+    Raises:
+      UserError: an unknown loss, variant or pool.
+    """
+
+    kind = 'contrastive'
+
+    def __init__(self, stage: config.Stage, contract: Contract, mesh: Mesh | None = None):
+        if stage.model.loss not in LOSSES:
+            raise config.unknown('loss', stage.model.loss, LOSSES, 'model.loss')
+        self.contract, self.mesh, self.loss_form = contract, mesh, stage.model.loss_form
+        self.dtype = jnp.dtype(stage.model.dtype)
+        self.model = two_towers.from_config(
+            stage.model,
+            image_size=contract.image_size,
+            text_length=contract.text_length,
+            vocab_size=contract.vocab_size,
+        )
+
+    @property
+    def flops_per_example(self) -> float:
+        """Model FLOPs of one example's forward and backward pass, the pair logits left out."""
+        return 3 * self.model.forward_flops()
+
+    def init(self, rng: jax.Array) -> tuple[dict, dict]:
+        """Fresh (params, stats)."""
+        return self.model.init(rng), {}
+
+    def embed(
+        self, params: dict, stats: dict, batch: dict[str, jax.Array], rng: jax.Array | None, *, train: bool = True
+    ) -> tuple[jax.Array, jax.Array, dict]:
+        """(zimg float32 [B,E], ztxt float32 [B,E], stats), rows of length 1. `rng` None switches dropout off."""
+        zimg, ztxt, _ = self.model.apply(
+            params, self._image(batch), batch['text'], batch.get('text_mask'), train=train and rng is not None, rng=rng
+        )
+        return zimg, ztxt, stats
+
+    def loss_from_embeddings(
+        self, params: dict, zimg: jax.Array, ztxt: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """(loss, metrics) of a global batch of embeddings [B,E]; apart from `embed` so that accumulation is exact."""
+        t, b = params['t'], params['b']
+        form = self.loss_form
+        loss = contrastive.sigmoid_loss(zimg, ztxt, t, b, form=form, mesh=self.mesh if form == 'ring' else None)
+        return loss, {'logit_scale': jnp.exp(t[0]), 'logit_bias': b[0]}
+
+    def loss(
+        self, params: dict, stats: dict, batch: dict[str, jax.Array], rng: jax.Array | None
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], dict]]:
+        """Batch → (loss, (metrics, stats))."""
+        zimg, ztxt, stats = self.embed(params, stats, batch, rng)
+        loss, metrics = self.loss_from_embeddings(params, zimg, ztxt)
+        return loss, (metrics, stats)
+
+    @property
+    def predict(self) -> dict[str, Callable[..., Any]]:
+        """Pure functions: `embed_image(params, batch)` and `embed_text(params, batch)`, each → float32 [B,E]."""
+
+        def embed_image(params, batch):
+            return self.model.apply(params, image=self._image(batch))[0]
+
+        def embed_text(params, batch):
+            return self.model.apply(params, text=batch['text'], text_mask=batch.get('text_mask'))[1]
+
+        return {'embed_image': embed_image, 'embed_text': embed_text}
+
+    def _image(self, batch):
+        return pixels.to_model_range(batch['image'], self.contract.value_range, self.dtype)

@@ -1,0 +1,107 @@
+"""The generative task: image and prompt in, answer out, trained on the answer's tokens alone (PaliGemma, 2407.07726)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from big_vlm import config
+from big_vlm.data.contract import Contract
+from big_vlm.models import paligemma
+from big_vlm.ops import pixels, token_loss
+
+
+class Generative:
+    """Batches of images and whole token sequences (DESIGN of the batch: `docs/design.md`) → loss, metrics, answers.
+
+    Args:
+      stage: the validated stage; its `model` section says which image tower and decoder.
+      contract: image size, text slots and vocabulary.
+      mesh: unused by this task's mathematics; every task is built alike.
+
+    Raises:
+      UserError: an unknown variant, sizes that do not divide, or a contract whose image slots the model does not fill.
+    """
+
+    kind = 'generative'
+
+    def __init__(self, stage: config.Stage, contract: Contract, mesh: Mesh | None = None):
+        del mesh
+        self.contract, self.average = contract, stage.model.average
+        self.dtype = jnp.dtype(stage.model.dtype)
+        self.model = paligemma.from_config(
+            stage.model, image_size=contract.image_size, vocab_size=contract.vocab_size
+        )
+        if contract.image_tokens != self.model.image_tokens:
+            raise config.UserError(
+                f'the contract has {contract.image_tokens} image slots, but the image tower {stage.model.image.variant} '
+                f'makes {self.model.image_tokens} tokens of {contract.image_size} px'
+            )
+
+    @property
+    def flops_per_example(self) -> float:
+        """Model FLOPs of one example's forward and backward pass."""
+        return 3 * self.model.forward_flops(self.contract.text_length)
+
+    def init(self, rng: jax.Array) -> tuple[dict, dict]:
+        """Fresh (params, stats)."""
+        return self.model.init(rng), {}
+
+    def loss(
+        self, params: dict, stats: dict, batch: dict[str, jax.Array], rng: jax.Array | None
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], dict]]:
+        """Batch → (loss, (metrics, stats)). Metrics: the share of supervised tokens whose argmax is right."""
+        logits, targets, mask = self._supervised(params, batch, rng)
+        loss, _ = token_loss.token_loss(logits, targets, mask, self.average)
+        right = (jnp.argmax(logits, axis=-1) == targets) & (mask > 0)
+        accuracy = jnp.sum(right) / jnp.maximum(jnp.sum(mask > 0), 1)
+        return loss, ({'token_accuracy': accuracy.astype(jnp.float32)}, stats)
+
+    @property
+    def predict(self) -> dict[str, Callable[..., Any]]:
+        """Pure functions.
+
+        decode_params(params): the weights that `prefill` and `decode_step` take, layer by layer; make them once.
+        prefill(decode_params, batch, cache_size) → (logits float32 [B,V] after each prompt, KVCache)
+        decode_step(decode_params, cache, token int32 [B]) → (logits float32 [B,V], KVCache)
+        score(params, batch) → float32 [B], log-probability of each row's supervised tokens
+        attention(params, batch) → float32 [L,B,N,T,T], what every token attends to
+        """
+
+        def prefill(params, batch, cache_size):
+            return self.model.prefill(params, *self._inputs(batch), cache_size=cache_size)
+
+        def decode_step(params, cache, token):
+            return self.model.decode_step(params, token, cache)
+
+        def score(params, batch):
+            logits, targets, mask = self._supervised(params, batch, None)
+            return jnp.sum(token_loss.log_prob(logits, targets) * (mask > 0), axis=-1)
+
+        def attention(params, batch):
+            return self.model.apply(params, *self._inputs(batch), attention=True)[1]['attention']
+
+        return {
+            'decode_params': paligemma.unstack_layers,
+            'prefill': prefill,
+            'decode_step': decode_step,
+            'score': score,
+            'attention': attention,
+        }
+
+    def _supervised(self, params, batch, rng):
+        """(logits [B,t,V], targets [B,t], mask [B,t]) over the text slots; the last image slot predicts the first."""
+        first = max(self.contract.image_tokens - 1, 0)
+        logits, _ = self.model.apply(
+            params, *self._inputs(batch), logits_from=first, train=rng is not None, rng=rng
+        )
+        return logits[:, :-1], batch['text'][:, first + 1 :], batch['mask_loss'][:, first + 1 :]
+
+    def _inputs(self, batch):
+        image = pixels.to_model_range(batch['image'], self.contract.value_range, self.dtype)
+        names = ('image_mask', 'text', 'segment', 'position', 'mask_ar')
+        return image, *(batch.get(name) for name in names)

@@ -22,11 +22,9 @@ from big_vlm.training import optimizer, schedules, signals, throughput
 from big_vlm.training import step as steps
 from big_vlm.training.state import TrainState
 
-# Metrics of the data go into the batch under this prefix, as scalars, and never reach the device.
-HOST_METRIC = '_metric/'
-
-# In a checkpoint's extra: false if the run was stopped before the evaluations of that step.
+# In a checkpoint's extra beside the caller's: whether the evaluations of that step were made, and the metric's count.
 EVALUATED = 'evaluated'
+REPLACED = 'images_replaced'
 
 
 class Writer(Protocol):
@@ -74,7 +72,8 @@ def train(
     Args:
       stage: validated.
       task: gives init, loss and flops_per_example.
-      batches: first step → this process's numpy batches from there on.
+      batches: first step → this process's numpy batches from there on. An attribute `replaced` of the iterator, the
+        number of examples replaced so far, becomes the metric `images_replaced`.
       workdir: the stage's folder; checkpoints go to `workdir`/checkpoints.
       writers: take the metrics, float by name; rows of steps that will be repeated are taken back by `rewind`.
       mesh: where everything lives.
@@ -104,7 +103,7 @@ def train(
     )
     extra = {**(extra or {}), 'seed': stage.seed, 'batch_size': stage.batch_size}
     with Checkpointer(pathlib.Path(workdir) / 'checkpoints', stage.checkpoint.keep) as saver, signals.catch() as stop:
-        state, evaluated = _start(stage, task, tx, mesh, saver, initial_params, extra)
+        state, evaluated, replaced = _start(stage, task, tx, mesh, saver, initial_params, extra)
         first = int(state.step)
         train_step = steps.make_train_step(task, tx, info, mesh, state, stage.seed, ema_decay=stage.optimizer.ema_decay)
         log = _Log(writers, throughput.Meter(stage.batch_size, task.flops_per_example, throughput.peak_flops(mesh)))
@@ -120,15 +119,17 @@ def train(
                     for name in due:
                         log.write(step, evaluate(name, step, state))
                     if save:
-                        saver.save(step, state, {**extra, EVALUATED: not stopping})
+                        count = replaced + getattr(source, 'replaced', 0)
+                        saver.save(step, state, {**extra, EVALUATED: not stopping, REPLACED: count})
             if stopping:
                 saver.wait()
                 raise Interrupted(step)
             if step == total:
                 break
-            batch, data_metrics = _fetch(source, step, mesh)
-            state, metrics = train_step(state, batch)
-            log.step(step + 1, {**metrics, **data_metrics}, show=_shown(stage, step + 1, total))
+            batch = _fetch(source, step, mesh)
+            metrics = {REPLACED: replaced + getattr(source, 'replaced', 0)}
+            state, computed = train_step(state, batch)
+            log.step(step + 1, metrics | computed, show=_shown(stage, step + 1, total))
         log.flush()
     return state
 
@@ -141,8 +142,8 @@ def _start(
     saver: Checkpointer,
     initial_params: Callable[[Any], Any] | None,
     extra: dict[str, Any],
-) -> tuple[TrainState, int | None]:
-    """(state, the step if it comes from a checkpoint that was evaluated when it was saved)."""
+) -> tuple[TrainState, int | None, int]:
+    """(state, the step if it comes from a checkpoint that was evaluated when it was saved, images replaced so far)."""
     ema = stage.optimizer.ema_decay > 0
     if saver.latest_step() is not None:
         state, stored = saver.restore(steps.abstract_state(task, tx, mesh, ema=ema))
@@ -153,13 +154,13 @@ def _start(
                 f'{saver.directory}: its checkpoint was made with {key} {stored.get(key)!r}, this run has '
                 f'{extra[key]!r}: keep it as it was, or choose another workdir'
             )
-        return state, int(state.step) if stored[EVALUATED] else None
+        return state, int(state.step) if stored[EVALUATED] else None, stored[REPLACED]
     state = steps.init_state(task, tx, mesh, stage.seed, ema=ema)
     if initial_params is not None:
         params = initial_params(state.params)
         averages = jax.tree.map(jax.numpy.copy, params) if ema else None
         state = TrainState(state.step, params, state.stats, state.opt_state, averages)
-    return state, None
+    return state, None, 0
 
 
 def _as_json(value: Any) -> Any:
@@ -179,14 +180,11 @@ def _shown(stage: Stage, step: int, total: int) -> bool:
     return step % stage.log_every == 0 or step in (1, total)
 
 
-def _fetch(source: Iterator[Mapping[str, np.ndarray]], step: int, mesh: Mesh) -> tuple[Any, dict[str, float]]:
+def _fetch(source: Iterator[Mapping[str, np.ndarray]], step: int, mesh: Mesh) -> Any:
     batch = next(source, None)
     if batch is None:
         raise UserError(f'the training data ended before step {step}: its sources must repeat for ever')
-    data_metrics = {
-        key.removeprefix(HOST_METRIC): float(value) for key, value in batch.items() if key.startswith(HOST_METRIC)
-    }
-    return meshes.put_batch({k: v for k, v in batch.items() if not k.startswith(HOST_METRIC)}, mesh), data_metrics
+    return meshes.put_batch(batch, mesh)
 
 
 class _Log:

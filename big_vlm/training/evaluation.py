@@ -1,0 +1,176 @@
+"""The evaluations that a stage's config names, run on parameters: before the end, at the end, and by whoever asks."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from big_vlm import config
+from big_vlm.config import Eval, Stage
+from big_vlm.data import loader, prompts, sources, transforms
+from big_vlm.data.contract import Contract
+from big_vlm.data.tokenizer import Tokenizer
+from big_vlm.decoding.generate import make_generate
+from big_vlm.evaluators import generation, retrieval, zero_shot
+from big_vlm.evaluators.scores import Scores
+from big_vlm.sharding import mesh as meshes
+from big_vlm.tasks import Task
+
+NEEDS = {'zero_shot': 'contrastive', 'retrieval': 'contrastive', 'generation': 'generative'}
+
+
+def check(stage: Stage, where: str) -> None:
+    """Refuses, before any data is read, evaluations that could not run: UserError."""
+    for name, settings in stage.evals.items():
+        place = f'{where}.evals.{name}'
+        if NEEDS[settings.kind] != stage.task:
+            fitting = [kind for kind, task in NEEDS.items() if task == stage.task]
+            raise config.UserError(
+                f'{place}.kind: {settings.kind} needs a {NEEDS[settings.kind]} task, this stage is {stage.task}: '
+                f'use {" or ".join(fitting)}'
+            )
+        transforms.parse(settings.pipeline, where=f'{place}.pipeline')
+        sources.check(settings.dataset)
+        if settings.kind == 'generation':
+            for metric in settings.metrics:
+                generation.metric(metric)
+
+
+class Evaluator:
+    """Runs a stage's evaluations; compiles each of its programs once, however often it is asked.
+
+    Args:
+      stage, task, contract, tokenizer, mesh: of the training run, or of a bundle.
+      predictions: folder for `predictions_NAME.jsonl` of generations; None writes none.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        task: Task,
+        contract: Contract,
+        tokenizer: Tokenizer,
+        mesh: Mesh,
+        predictions: pathlib.Path | None = None,
+    ):
+        self.stage, self.task, self.contract, self.tokenizer, self.mesh = stage, task, contract, tokenizer, mesh
+        self.predictions = predictions
+        self._compiled: dict[Any, Any] = {}
+
+    def __call__(self, name: str, params: Any) -> Scores:
+        """Scores of `stage.evals[name]`; prints each beside its chance level.
+
+        Every process of a run calls this and gets the same scores.
+        """
+        settings = self.stage.evals[name]
+        with jax.set_mesh(self.mesh):
+            if settings.kind == 'zero_shot':
+                return zero_shot.run(
+                    lambda batch: self._embed('embed_image', params, batch),
+                    lambda texts: self._embed_texts(params, texts),
+                    self.batches(settings),
+                    settings.templates,
+                    settings.classes,
+                    settings.label,
+                    slices=settings.slices,
+                    title=name,
+                )
+            if settings.kind == 'retrieval':
+                return retrieval.run(
+                    lambda batch: self._embed('embed_image', params, batch),
+                    lambda texts: self._embed_texts(params, texts),
+                    self.batches(settings, examples=0),
+                    settings.label,
+                    examples=settings.examples,
+                    title=name,
+                )
+            first = jax.process_index() == 0
+            return generation.run(
+                self._generate(settings, params),
+                self.batches(settings),
+                settings.metrics,
+                slices=settings.slices,
+                predictions_path=self.predictions / f'predictions_{name}.jsonl' if self.predictions and first else None,
+                title=name,
+            )
+
+    def batches(self, settings: Eval, examples: int | None = None) -> Iterator[tuple[dict[str, np.ndarray], list[dict]]]:
+        """(batch, records) of an evaluation; every process gets all of them."""
+        source = sources.subset(
+            sources.load(settings.dataset, settings.split, self.stage.data.data_dir), settings.where
+        )
+        yield from loader.eval_batches(
+            source,
+            transforms.parse(settings.pipeline, where='pipeline'),
+            self.contract,
+            self.tokenizer,
+            self._batch_size(settings),
+            settings.examples if examples is None else examples,
+        )
+
+    def _batch_size(self, settings: Eval) -> int:
+        shards = self.mesh.shape['data'] * self.mesh.shape['fsdp']
+        size = settings.batch_size or self.stage.batch_size
+        return -(-size // shards) * shards
+
+    def _embed(self, name: str, params: Any, batch: dict[str, np.ndarray]) -> np.ndarray:
+        run = self._once(name, lambda: jax.jit(self.task.predict[name]))
+        arrays = {key: batch[key] for key in ('image', 'text', 'text_mask') if key in batch}
+        return _on_host(run(params, self._put(arrays)))
+
+    def _embed_texts(self, params: Any, texts: list[str]) -> np.ndarray:
+        rows = [self.contract.lower and text.lower() or text for text in texts]
+        rows = [prompts.contrastive_text(self.tokenizer.encode(text), self.contract) for text in rows]
+        size = self._batch_size(Eval(kind='zero_shot'))
+        parts = []
+        for start in range(0, len(rows), size):
+            some = rows[start : start + size]
+            some = some + [some[0]] * (size - len(some))
+            batch = {'text': np.stack([row for row, _ in some]), 'text_mask': np.stack([mask for _, mask in some])}
+            parts.append(self._embed('embed_text', params, batch))
+        return np.concatenate(parts)[: len(rows)]
+
+    def _generate(self, settings: Eval, params: Any) -> Any:
+        run = self._once(
+            ('generate', settings.max_new_tokens),
+            lambda: make_generate(
+                self.task.predict,
+                max_new_tokens=settings.max_new_tokens,
+                eos_id=self.contract.eos_id,
+                pad_id=self.contract.pad_id,
+            ),
+        )
+        weights = self._once('decode_params', lambda: jax.jit(self.task.predict['decode_params']))(params)
+
+        def answer(batch: dict[str, np.ndarray]) -> list[str]:
+            out = run(weights, self._put(batch))
+            ids, lengths = _on_host(out.ids), _on_host(out.length)
+            rows = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
+            return [self.tokenizer.decode([i for i in row if i != self.contract.eos_id]) for row in rows]
+
+        return answer
+
+    def _put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """A batch that every process has whole → global arrays."""
+        sharding = meshes.batch_sharding(self.mesh)
+        return {
+            key: jax.make_array_from_callback(value.shape, sharding, lambda index, value=value: value[index])
+            for key, value in batch.items()
+        }
+
+    def _once(self, key: Any, make: Any) -> Any:
+        if key not in self._compiled:
+            self._compiled[key] = make()
+        return self._compiled[key]
+
+
+def _on_host(x: jax.Array) -> np.ndarray:
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)

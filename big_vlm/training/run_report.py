@@ -1,0 +1,142 @@
+"""Gathers a finished run into its report: curves, scores, and what the trained models say about unseen images."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from big_vlm import bundle, config
+from big_vlm.bundle import Bundle
+from big_vlm.config import Eval, Stage
+from big_vlm.data import coordinates, prompts
+from big_vlm.evaluators import generation
+from big_vlm.reports import report, writers
+from big_vlm.sharding import mesh as meshes
+from big_vlm.training.evaluation import Evaluator
+
+_PAIRS = 16  # of the similarity matrix
+_ANSWERS = 6  # per evaluation
+
+
+def make(
+    stages: Mapping[str, Stage], workdir: pathlib.Path, bundles: Mapping[str, pathlib.Path], title: str
+) -> pathlib.Path:
+    """Writes WORKDIR/report.html from the stages' folders and bundles; returns its path."""
+    workdir = pathlib.Path(workdir)
+    scores: dict[str, Any] = {}
+    drawn: dict[str, Any] = {'answers': [], 'attention': [], 'patches': None, 'similarity': None}
+    curves, parameters = [], {}
+    for name, stage in stages.items():
+        folder = workdir / name
+        results = folder / 'evals.json'
+        if results.is_file():
+            scores |= {f'{name}: {key}': value for key, value in json.loads(results.read_text()).items()}
+        rows = writers.read_csv(folder / 'metrics.csv') if (folder / 'metrics.csv').is_file() else {}
+        steps = max((step for column in rows.values() for step, _ in column), default=0)
+        facts = {'task': stage.task, 'steps': f'{steps:,}', 'batch': str(stage.batch_size)}
+        curves.append(report.Stage(name, rows, facts))
+        model = bundle.load(bundles[name])
+        parameters[f'{name}: parameters'] = f'{sum(x.size for x in jax.tree.leaves(model.params)):,}'
+        if stage.task == 'contrastive':
+            drawn['similarity'] = _similarity(model) or drawn['similarity']
+        else:
+            _talk(model, name, drawn)
+    generative = [name for name, stage in stages.items() if stage.task == 'generative']
+    commands = {
+        f'ask {name}': f"python -m tools.generate {bundles[name]} --image=FILE.png --prompt='caption en'"
+        for name in generative
+    }
+    path = workdir / 'report.html'
+    report.write(
+        path,
+        report.Report(
+            title=f'big_vlm: {pathlib.PurePath(title.partition(":")[0]).stem}',
+            summary=f'Stages: {", ".join(stages)}. Scores are of images that training never saw.',
+            facts=parameters | {'devices': f'{jax.device_count()} × {jax.devices()[0].device_kind}'},
+            scores=scores,
+            stages=curves,
+            commands=commands,
+            config={name: config.to_dict(stage) for name, stage in stages.items()},
+            **drawn,
+        ),
+    )
+    return path
+
+
+def _examples(model: Bundle, settings: Eval, count: int) -> list[tuple[np.ndarray, dict[str, Any]]]:
+    """(image uint8 [H,W,3], record) of the first examples of an evaluation."""
+    mesh = meshes.make_mesh(data=1, devices=jax.local_devices()[:1])
+    batches = Evaluator(model.stage, model.task, model.contract, model.tokenizer, mesh).batches(settings, count)
+    pairs = ((image, record) for batch, records in batches for image, record in zip(batch['image'], records, strict=False))
+    return [(image[0] if image.ndim == 4 else image, record) for image, record in itertools.islice(pairs, count)]
+
+
+def _similarity(model: Bundle) -> report.Similarity | None:
+    """Of the first evaluation that has captions, one pair per caption."""
+    settings = next((e for e in model.stage.evals.values() if e.kind == 'retrieval'), None)
+    if settings is None:
+        return None
+    pairs = {record[settings.label]: image for image, record in reversed(_examples(model, settings, 2 * _PAIRS))}
+    captions, images = list(pairs)[:_PAIRS], list(pairs.values())[:_PAIRS]
+    z = model.embed(images=images, texts=captions)
+    return report.Similarity(z['image'] @ z['text'].T, images, captions)
+
+
+def _talk(model: Bundle, stage: str, drawn: dict[str, Any]) -> None:
+    """Answers to the first examples of every generative evaluation, and the attention of some of them."""
+    for name, settings in model.stage.evals.items():
+        if settings.kind != 'generation':
+            continue
+        examples = _examples(model, settings, _ANSWERS)
+        images, records = [image for image, _ in examples], [record for _, record in examples]
+        answers = model.generate(
+            images, [record['prefix'] for record in records], max_new_tokens=settings.max_new_tokens
+        )
+        metric = generation.metric(settings.metrics[0])
+        for image, record, answer in zip(images, records, answers, strict=True):
+            score = metric.score(answer.text, record['suffix'])
+            found, true = _boxes(answer.text), _boxes(record['suffix'])
+            drawn['answers'].append(
+                report.Answer(
+                    image=image,
+                    prompt=record['prefix'],
+                    answer=answer.text,
+                    truth=record['suffix'],
+                    correct=bool(score >= 0.5),
+                    boxes=found,
+                    true_boxes=true,
+                    note=f'{stage} · IoU {score:.2f}' if len(true) else stage,
+                )
+            )
+        if len(drawn['attention']) < 3:
+            drawn['attention'].append(_attention(model, images[0], records[0]['prefix'], answers[0]))
+        if drawn['patches'] is None:
+            size = model.task.model.img.sizes['patch_size']
+            side = model.contract.image_size // size
+            drawn['patches'] = report.Patches(images[0], (side, side), size)
+
+
+def _boxes(text: str) -> np.ndarray:
+    return np.array([box for box, _ in coordinates.text_to_boxes(text)], np.float64).reshape(-1, 4)
+
+
+def _attention(model: Bundle, image: np.ndarray, prompt: str, answer: bundle.Answer) -> report.Attention:
+    """What the query that predicts each token of the answer pays to each patch, averaged over layers and heads."""
+    contract = model.contract
+    ids = [i for i in answer.ids if i != contract.eos_id][:12]
+    prefix = model.tokenizer.encode(prompt.lower() if contract.lower else prompt)
+    row = prompts.generative_row(prefix, ids, contract)
+    batch = {key: value[None] for key, value in row.items()}
+    batch |= {'image': image[None, None], 'image_mask': np.ones((1, 1), bool)}
+    weights = np.asarray(jax.jit(model.task.predict['attention'])(model.params, batch))[:, 0].mean(axis=(0, 1))
+    start = int(row['segment'].sum() - row['mask_loss'].sum()) - 1
+    count = min(len(ids), int(row['mask_loss'].sum()))
+    side = round(contract.image_tokens**0.5)
+    maps = weights[start : start + count, : contract.image_tokens].reshape(count, side, side)
+    return report.Attention(image, prompt, [model.tokenizer.piece(i) for i in ids[:count]], maps)

@@ -73,12 +73,13 @@ def pairs(images: list[str], prompts: list[str]) -> list[tuple[str, str]]:
 
 def draw_boxes(image_path: str, answer: str, out: str) -> int:
     """Writes the picture with the answer's boxes and labels drawn in; returns how many boxes there were."""
+    from PIL import Image, ImageDraw
+
+    from big_vlm.config import UserError
+    from big_vlm.data import images
     from big_vlm.data.coordinates import text_to_boxes
-    from PIL import ImageDraw
 
-    from big_vlm.bundle import read_image
-
-    picture = read_image(image_path, image_path)
+    picture = Image.fromarray(images.decode(image_path))
     width, height = picture.size
     found = text_to_boxes(answer)
     pen = ImageDraw.Draw(picture)
@@ -88,7 +89,10 @@ def draw_boxes(image_path: str, answer: str, out: str) -> int:
         x1, x2, y1, y2 = x1 * width, x2 * width, y1 * height, y2 * height
         pen.rectangle((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)), outline=color, width=line)
         pen.text((min(x1, x2) + line + 1, min(y1, y2) + line), label, fill=color)
-    picture.save(out)
+    try:
+        picture.save(out)
+    except OSError as error:
+        raise UserError(f'--draw={out}: cannot write the picture: {error}') from None
     return len(found)
 
 

@@ -38,9 +38,11 @@ def load(path: str | os.PathLike, *, mesh: Mesh | None = None) -> Bundle:
     where = path / 'bundle.json'
     try:
         contract = Contract.from_dict(description['contract'])
-        stage = config.parse_stage(description['config'], f'{where}: config')
+        stage = config.parse_stage(description['config'], 'config')
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f'{where}: damaged or not a bundle ({type(error).__name__}: {error})') from None
+    except UserError as error:
+        raise UserError(f'{where}: {error}') from None
     tokenizer = Tokenizer.load(str(path / 'tokenizer.model'))
     if tokenizer.sha256 != contract.tokenizer_sha256:
         raise UserError(
@@ -97,7 +99,7 @@ def save(
     weights.save_weights(temporary / 'weights', params)
     _wait('bundle: weights')
     if first:
-        shutil.copyfile(tokenizer.path, temporary / 'tokenizer.model')
+        tokenizer.save(temporary / 'tokenizer.model')
         files = sorted(file for file in temporary.rglob('*') if file.is_file())
         description = {
             'format': FORMAT,
@@ -127,10 +129,10 @@ def _describe(path: pathlib.Path) -> dict[str, Any]:
         raise UserError(f'{path} is not a bundle{hint}')
     try:
         description = json.loads(file.read_text(encoding='utf-8'))
-        version, files = description['format'], dict(description['files'])
+        version, files = int(description['format']), dict(description['files'])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f'{file}: damaged or not a bundle ({type(error).__name__}: {error})') from None
-    if not isinstance(version, int) or version > FORMAT:
+    if version > FORMAT:
         by = description.get('versions', {}).get('big_vlm', 'a newer release')
         raise UserError(
             f'{path}: bundle format {version}, written by big_vlm {by}; this is {big_vlm.__version__}, which reads '

@@ -12,8 +12,10 @@ from PIL import Image
 
 from big_vlm import config
 from big_vlm.config import UserError
+from big_vlm.data import images as pictures
 from big_vlm.data import prompts as prompt_rows
 from big_vlm.data.contract import Contract
+from big_vlm.data.images import ImageLike
 from big_vlm.data.tokenizer import Tokenizer
 from big_vlm.decoding import samplers
 from big_vlm.decoding.generate import make_generate
@@ -21,8 +23,6 @@ from big_vlm.sharding import mesh as meshes
 from big_vlm.tasks import contrastive, generative
 
 TASKS = {'contrastive': contrastive.Contrastive, 'generative': generative.Generative}
-
-ImageLike = str | os.PathLike | Image.Image | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +209,7 @@ class Bundle:
                 if images is None:
                     continue
                 if last[0] is not images[i]:  # one image for many prompts is read once
-                    last = images[i], self._pixels(images[i], f'images[{i}]')
+                    last = images[i], pictures.prepare(images[i], self.contract, _name(images[i], i))
                 if self.stage.task == 'generative':
                     row |= {'image': last[1][None], 'image_mask': np.array([True])}
                 else:
@@ -224,17 +224,20 @@ class Bundle:
         prefix = self.tokenizer.encode(self._cased(prompt, where))
         suffix = None if answer is None else self.tokenizer.encode(self._cased(answer, where))
         try:
-            return prompt_rows.generative_row(prefix, suffix, self.contract)
+            row = prompt_rows.generative_row(prefix, suffix, self.contract)
         except UserError as error:
             raise UserError(f'{where} {_short(prompt)}: {error}') from None
+        if suffix is not None and row['mask_loss'].sum() <= len(suffix):  # cut: its log-probability would be another's
+            slots = self.contract.text_length
+            raise UserError(
+                f'{where} {_short(prompt)}: its answer does not fit into the {slots} text slots: shorten it'
+            )
+        return row
 
     def _cased(self, text: str, where: str) -> str:
         if not text.strip():
             raise UserError(f'{where} is empty: write what the model was trained to read')
         return text.lower() if self.contract.lower else text
-
-    def _pixels(self, image: ImageLike, where: str) -> np.ndarray:
-        return np.zeros((self.contract.image_size, self.contract.image_size, 3), np.uint8)
 
     def _require(self, task: str, what: str) -> None:
         if self.stage.task != task:
@@ -253,9 +256,13 @@ class Bundle:
 def _as_images(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
     if isinstance(images, np.ndarray):
         images = list(images) if images.ndim == 4 else [images]
-    elif isinstance(images, str | os.PathLike | Image.Image):
+    elif isinstance(images, str | bytes | os.PathLike | Image.Image):
         images = [images]
     images = list(images)
+    for i, image in enumerate(images):
+        if not isinstance(image, ImageLike):
+            kinds = 'a path, the bytes of a file, a PIL image or a uint8 array'
+            raise UserError(f'images[{i}] is a {type(image).__name__}: must be {kinds}')
     if not images:
         raise UserError('no images: give at least one')
     return images
@@ -277,6 +284,11 @@ def _pair(first: str, a: list, second: str, b: list) -> tuple[list, list]:
         raise UserError(f'{len(a)} {first} and {len(b)} {second}: give one of either, or the same number of both')
     count = max(len(a), len(b))
     return a * (count // len(a)), b * (count // len(b))
+
+
+def _name(image: ImageLike, i: int) -> str:
+    """What to call an image in an error."""
+    return f'images[{i}] ({os.fspath(image)})' if isinstance(image, str | os.PathLike) else f'images[{i}]'
 
 
 def _power_of_two(n: int) -> int:

@@ -21,6 +21,7 @@ ACCELERATORS = ('cpu', 'cuda', 'cuda12', 'tpu')
 COMMANDS = ('job', 'tests')
 OWN_FLAGS = ('accelerator', 'venv', 'python')
 JOB_FLAGS = ('config', 'workdir')
+JOB_SWITCHES = ('--check', '--distributed')
 STAMP = 'big_vlm-installed.json'
 
 HELP = """\
@@ -36,6 +37,8 @@ Both first make the virtual environment (once) and install the project into it (
 
   --accelerator=cpu|cuda|cuda12|tpu   which jax to install and run on; default: detected for job, cpu for tests (they
                                       simulate 8 devices). cuda: NVIDIA driver 580 or newer; cuda12: an older one.
+  --check                             job: validate the config and say what would run, without running it
+  --distributed                       job: one of several processes that train together; each host starts this once
   --venv=DIR                          the virtual environment; default: .venv in the checkout
   --python=PATH                       the Python (3.11 or newer) it is made from; default: the one running this
   --                                  what follows goes to the program as it is
@@ -110,12 +113,14 @@ def parse(argv):
             command = argument
         elif command == 'tests':
             passed.append(argument)
+        elif argument in JOB_SWITCHES:
+            passed.append(argument)
         elif is_flag and name.startswith('config.'):
             if not equals and arguments and not arguments[0].startswith('--'):
                 argument += '=' + arguments.pop(0)
             passed.append(argument)
         else:
-            valid = ['--' + flag for flag in OWN_FLAGS + JOB_FLAGS]
+            valid = ['--' + flag for flag in OWN_FLAGS + JOB_FLAGS] + list(JOB_SWITCHES)
             hint = nearest(argument.partition('=')[0], valid)
             raise Stop(f"unknown argument '{argument}': {hint} (after '--' anything goes to the program)")
 

@@ -96,6 +96,11 @@ def test_overrides_reach_the_main_program_in_order(launch):
     assert fake.became[5:] == ['--config.pretrain.seed=1', '--config.pretrain.log_every=7', '-v', '1']
 
 
+def test_switches_of_the_main_program_reach_it(launch):
+    _, fake = launch('job', '--accelerator=cpu', '--check', '--distributed')
+    assert fake.became[5:] == ['--check', '--distributed']
+
+
 def test_paths_are_seen_from_where_the_caller_stands(launch, tmp_path):
     (tmp_path / 'mine.py').write_text('')
     _, fake = launch('job', '--accelerator=cpu', '--config=mine.py:small,lr=2', '--workdir', 'out')

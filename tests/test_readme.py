@@ -1,0 +1,132 @@
+"""The README is checked like code: its tree, its commands, its links and its Python are held against the checkout."""
+
+import ast
+import importlib.util
+import inspect
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from big_vlm import config
+from big_vlm.bundle import Bundle
+from big_vlm.data import sources, transforms
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / 'README.md').read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf'^```{language}\n(.*?)^```$', README, flags=re.DOTALL | re.MULTILINE)
+
+
+def section(heading: str) -> str:
+    """The text below a '## heading', up to the next one."""
+    return README.split(f'\n## {heading}\n', 1)[1].split('\n## ', 1)[0]
+
+
+def commands() -> list[str]:
+    """Every shell line, comments and continuations resolved."""
+    text = '\n'.join(blocks('bash')).replace('\\\n', ' ')
+    return [line.split('  #')[0].strip() for line in text.splitlines() if line.strip() and line[0] != '#']
+
+
+def tracked() -> list[str]:
+    """The checkout's own files; what git ignores is not part of it."""
+    listed = ['git', 'ls-files', '--cached', '--others', '--exclude-standard']
+    found = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True)
+    if found.returncode:
+        pytest.skip('not a git checkout')
+    return [name for name in found.stdout.splitlines() if (ROOT / name).exists()]
+
+
+def listed_paths() -> dict[str, str]:
+    """Path → its line's words, from the tree; two more spaces of indentation are one level deeper."""
+    paths, folders = {}, []
+    for line in section('The house').split('```')[1].splitlines()[1:]:
+        indent, name, words = re.match(r'( *)(\S+)\s*(.*)', line).groups()
+        folders = folders[: len(indent) // 2] + [name.rstrip('/')]
+        path = '/'.join(folders)
+        assert name.endswith('/') == (ROOT / path).is_dir(), f'{path}: is it a folder?'
+        paths[path] = words
+    return paths
+
+
+def test_the_tree_is_the_checkout():
+    listed, files = listed_paths(), tracked()
+    assert [path for path in listed if not (ROOT / path).exists()] == [], 'listed but not there'
+    assert [path for path, words in listed.items() if not words] == [], 'listed without a word about it'
+    top = {name.split('/')[0] for name in files} - {'.gitignore'}
+    assert top - set(listed) == set(), 'top level, not listed'
+    package = {name for name in files if name.startswith('big_vlm/') and not name.endswith('__init__.py')}
+    assert package - set(listed) == set(), 'in big_vlm/, not listed'
+
+
+def test_links_lead_somewhere():
+    targets = re.findall(r'\]\(([^)#]+)[^)]*\)', README)
+    local = [target for target in targets if '://' not in target]
+    assert local and [target for target in local if not (ROOT / target).exists()] == []
+
+
+def test_the_two_commands_come_first():
+    """CI reads these two lines to know what to run."""
+    assert re.search(r'^python tools/start\.py job$', section('Run it'), flags=re.MULTILINE)
+    assert re.search(r'^python tools/start\.py tests$', section('Test it'), flags=re.MULTILINE)
+
+
+def starter():
+    spec = importlib.util.spec_from_file_location('start', ROOT / 'tools' / 'start.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_starter_commands_are_understood():
+    lines = [line for line in commands() if 'tools/start.py' in line]
+    assert len(lines) >= 2
+    for line in lines:
+        words = line.split()
+        words = words[words.index('tools/start.py') + 1 :]
+        assert starter().parse(words) is not None or '--help' in words, line
+
+
+def test_configs_and_overrides_validate():
+    lines = [line for line in commands() if '--config=' in line or '--config.' in line]
+    assert lines
+    for line in lines:
+        words, overrides = config.take_overrides(line.replace("'", '').split())
+        files = [word.removeprefix('--config=') for word in words if word.startswith('--config=')]
+        spec = files[0] if files else 'configs/quickstart.py'
+        if '…' in spec or spec.startswith('my/'):
+            continue
+        path, colon, argument = spec.partition(':')
+        assert config.validate(config.load_config(f'{ROOT / path}{colon}{argument}', overrides)), line
+
+
+@pytest.mark.parametrize('code', blocks('python'))
+def test_python_parses(code):
+    ast.parse(code)
+
+
+@pytest.mark.parametrize('code', [code for code in blocks('python') if 'def get_config' in code])
+def test_the_example_config_is_valid(code, tmp_path):
+    (tmp_path / 'example.py').write_text(code)
+    stages = config.validate(config.load_config(str(tmp_path / 'example.py')))
+    for name, stage in stages.items():
+        for source in stage.data.sources.values():
+            sources.check(source.dataset)
+            transforms.parse(source.pipeline, where=name)
+
+
+def test_python_uses_what_exists():
+    """Every method that the examples call on a bundle is there, with the keywords they give it."""
+    called = set()
+    for code in blocks('python'):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                if isinstance(node.func.value, ast.Name) and node.func.value.id in ('model', 'towers'):
+                    called.add(node.func.attr)
+                    parameters = inspect.signature(getattr(Bundle, node.func.attr)).parameters
+                    assert {keyword.arg for keyword in node.keywords} <= set(parameters)
+    assert {'generate', 'embed'} <= called

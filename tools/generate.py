@@ -86,9 +86,11 @@ def draw_boxes(image_path: str, answer: str, out: str) -> int:
     line = max(1, min(width, height) // 100)
     for i, ((y1, x1, y2, x2), label) in enumerate(found):
         color = ('#e6194b', '#3cb44b', '#4363d8', '#f58231', '#911eb4', '#008080')[i % 6]
-        x1, x2, y1, y2 = x1 * width, x2 * width, y1 * height, y2 * height
-        pen.rectangle((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)), outline=color, width=line)
-        pen.text((min(x1, x2) + line + 1, min(y1, y2) + line), label, fill=color)
+        # A model may name the corners in any order.
+        left, right = sorted(min(round(x * width), width - 1) for x in (x1, x2))
+        top, bottom = sorted(min(round(y * height), height - 1) for y in (y1, y2))
+        pen.rectangle((left, top, right, bottom), outline=color, width=line)
+        pen.text((left + line + 1, top + line), label, fill=color)
     try:
         picture.save(out)
     except OSError as error:
@@ -142,7 +144,7 @@ def run(argv: list[str]) -> None:
     for i, ((image, prompt), answer) in enumerate(zip(asked, answers, strict=True)):
         if args.json:
             line = {'image': image, 'prompt': prompt, 'text': answer.text}
-            line |= {'ids': answer.ids, 'log_probs': [round(x, 6) for x in answer.log_probs]}
+            line |= {'ids': answer.ids, 'log_probs': [round(x, 6) + 0.0 for x in answer.log_probs]}
             print(json.dumps(line, ensure_ascii=False), flush=True)
         else:
             print(answer.text if len(asked) == 1 else f'{image}  {prompt}\n  {answer.text}', flush=True)

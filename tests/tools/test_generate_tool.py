@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import big_vlm
+from big_vlm import bundle
 from big_vlm.config import UserError
 from tools import generate
 
@@ -48,7 +50,10 @@ def test_pairs():
         (['BUNDLE', '--prompt=x', '--image={tmp}/none.png'], 'none.png: no such file'),
         (['{tmp}/nowhere', '--prompt=x', '--image={tmp}/a.png'], 'nowhere: no such folder'),
         (['BUNDLE', '--prompt=x', '--image={tmp}/a.png', '--draw={tmp}/out.txt'], 'out.txt: must end in the name'),
-        (['BUNDLE', '--prompt=x', '--prompt=y', '--image={tmp}/a.png', '--draw=o.png'], 'need a folder, such as --draw=o'),
+        (
+            ['BUNDLE', '--prompt=x', '--prompt=y', '--image={tmp}/a.png', '--draw=o.png'],
+            'need a folder, such as --draw=o',
+        ),
         (['BUNDLE', '--prompt=x', '--image={tmp}/a.png', '--batch_size=0'], '--batch_size=0'),
     ],
 )
@@ -58,3 +63,67 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, message, tmp_path, cap
     out, err = capsys.readouterr()
     assert not out
     assert message in err and err.startswith('error: ') and err.count('\n') == 1
+
+
+class Answering:
+    """Stands in for a bundle: answers with a box on every image, labelled with the prompt."""
+
+    def __init__(self):
+        self.asked = []
+
+    def generate_each(self, images, prompts, **settings):
+        self.asked.append((images, prompts, settings))
+        for prompt in prompts:
+            text = f'<loc0256><loc0256><loc0767><loc0767> {prompt}'
+            yield bundle.Answer(text, [5, 6, 1], [-0.1234567, -0.5, -1e-7])
+
+
+@pytest.fixture
+def answering(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save('a.png')
+    Image.fromarray(np.zeros((40, 80, 3), np.uint8)).save('b.png')
+    fake = Answering()
+    monkeypatch.setattr(big_vlm, 'load', lambda path: fake, raising=False)
+    return fake
+
+
+def test_one_answer_is_plain_text(answering, capsys):
+    assert generate.main(['BUNDLE', '--image=a.png', '--prompt=three', '--seed=3', '--temperature=0.5']) == 0
+    out, err = capsys.readouterr()
+    assert out == '<loc0256><loc0256><loc0767><loc0767> three\n' and not err
+    [(images, prompts, settings)] = answering.asked
+    assert (images, prompts, settings['seed'], settings['temperature']) == (['a.png'], ['three'], 3, 0.5)
+
+
+def test_json_lines_and_progress(answering, capsys):
+    words = [
+        'BUNDLE',
+        '--image=a.png',
+        '--image=b.png',
+        '--prompt=three',
+        '--prompt=ein Bär',
+        '--json',
+        '--batch_size=1',
+    ]
+    assert generate.main(words) == 0
+    out, err = capsys.readouterr()
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [(line['image'], line['prompt']) for line in lines] == [('a.png', 'three'), ('b.png', 'ein Bär')]
+    assert lines[1]['text'].endswith('ein Bär') and 'ein Bär' in out
+    assert lines[0]['ids'] == [5, 6, 1] and lines[0]['log_probs'] == [-0.123457, -0.5, 0.0]
+    assert err.splitlines() == ['1 of 2 answers', '2 of 2 answers']
+
+
+def test_boxes_are_drawn_where_the_answer_says(answering, capsys):
+    assert generate.main(['BUNDLE', '--image=a.png', '--prompt=three', '--draw=out.png']) == 0
+    assert capsys.readouterr().err == 'out.png: 1 box\n'
+    red = np.asarray(Image.open('out.png').convert('RGB'))[..., 0] > 200
+    # A quarter of 40 pixels in from each side; nothing outside, the edges whole.
+    assert red[10, 10:31].all() and red[30, 10:31].all() and red[10:31, 10].all() and red[10:31, 30].all()
+    assert not red[:10].any() and not red[31:].any() and not red[:, :10].any()
+
+    assert generate.main(['BUNDLE', '--image=a.png', '--image=b.png', '--prompt=three', '--draw=drawn']) == 0
+    first, second = (np.asarray(Image.open(f'drawn/000{i}.png').convert('RGB')) for i in range(2))
+    assert first.shape == (40, 40, 3) and second.shape == (40, 80, 3)
+    assert (second[10, 20:61, 0] > 200).all()

@@ -1,6 +1,8 @@
 """Whole training states: saved in the background, published atomically, restored onto any mesh."""
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -28,13 +30,14 @@ class Checkpointer:
             registry.add('state', args, ocp.StandardCheckpointHandler())
         for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
             registry.add('extra', args, ocp.JsonCheckpointHandler())
-        self._manager = ocp.CheckpointManager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=preservation_policy.LatestN(keep), cleanup_tmp_directories=True
-            ),
-            handler_registry=registry,
-        )
+        with self._writing():
+            self._manager = ocp.CheckpointManager(
+                self._directory,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=preservation_policy.LatestN(keep), cleanup_tmp_directories=True
+                ),
+                handler_registry=registry,
+            )
 
     @property
     def directory(self) -> pathlib.Path:
@@ -55,13 +58,11 @@ class Checkpointer:
         """
         if step in self._manager.all_steps():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(trees.nested(trees.flat(state))), extra=ocp.args.JsonSave(extra or {})
-            ),
-            force=True,
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(trees.nested(trees.flat(state))), extra=ocp.args.JsonSave(extra or {})
         )
+        with self._writing():
+            self._manager.save(step, args=items, force=True)
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
         """(state, extra) of `step`, or of the latest one.
@@ -94,11 +95,21 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Returns when what was saved is on disk. Raises what went wrong in the background."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, and ends the threads."""
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A full disk, a lost mount or a missing permission is the user's to mend; it may show a save later."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise UserError(f'{self._directory}: checkpoint not written: {trees.one_line(error)}') from error
 
     def __enter__(self) -> 'Checkpointer':
         return self

@@ -1,5 +1,6 @@
 """A state comes back bit for bit, onto any mesh; anything else than a fitting checkpoint is one line."""
 
+import shutil
 from typing import NamedTuple
 
 import jax
@@ -132,6 +133,18 @@ def test_a_file_is_no_folder(tmp_path):
     (tmp_path / 'x').write_text('x')
     with pytest.raises(UserError, match='is a file'):
         Checkpointer(tmp_path / 'x')
+
+
+def test_what_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / 'x').write_text('x')
+    with pytest.raises(UserError, match='checkpoint not written: .*Not a directory'):
+        Checkpointer(tmp_path / 'x' / 'y')
+    checkpointer = Checkpointer(tmp_path / 'c')
+    shutil.rmtree(tmp_path / 'c')
+    (tmp_path / 'c').write_text('in the way')
+    with pytest.raises(UserError, match='checkpoint not written: '):
+        checkpointer.save(1, {'w': jnp.ones(())})
+        checkpointer.wait()
 
 
 def test_nothing_is_said_on_the_terminal(tmp_path, capfd, recwarn):

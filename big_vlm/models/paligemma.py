@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -58,8 +59,10 @@ class PaliGemma:
         (x [B,T,D], the image tower's `out` under 'img/...').
         """
         x = gemma.embed(self.llm, params['llm'], text)
+        chex.assert_rank(text, 2)
         if image is None:
             return x, {}
+        chex.assert_shape(image, (len(text), None, self.image_size, self.image_size, 3))
         batch, images = image.shape[:2]
         rngs = None if rng is None else {'dropout': rng}
         z, out = self.img.apply({'params': params['img']}, image.reshape(-1, *image.shape[2:]), train=train, rngs=rngs)
@@ -68,6 +71,7 @@ class PaliGemma:
         hole = text < 0
         slot = jnp.cumsum(hole, axis=1) - 1
         if image_mask is not None:
+            chex.assert_shape(image_mask, (batch, images))
             # Real images first, each kind in its order: the k-th slot belongs to the k-th *real* feature.
             order = jnp.argsort(~image_mask.astype(bool), axis=1, stable=True)
             which = jnp.take_along_axis(order, jnp.clip(slot // patches, 0, images - 1), axis=1)
@@ -111,6 +115,7 @@ class PaliGemma:
           'decoded' [B,T,D] (before the final norm: `gemma.logits` on a gather of it gives logits at chosen slots),
           'blocks' [L,B,T,D], the image tower's under 'img/...', and if asked 'attention' float32 [L,B,N,T,T].
         """
+        chex.assert_equal_shape([text, segment, position, mask_ar])
         rngs = (None, None) if rng is None else tuple(jax.random.split(rng))
         x, out = self.embed(params, image, image_mask, text, train=train, rng=rngs[0])
         mask = masks.attention_mask(segment, mask_ar)
@@ -139,6 +144,7 @@ class PaliGemma:
         Raises:
           ValueError: `cache_size` is below T.
         """
+        chex.assert_equal_shape([text, segment, position, mask_ar])
         batch, length = text.shape
         if cache_size < length:
             raise ValueError(f'a cache of {cache_size} slots cannot hold prompts of {length}')
@@ -165,6 +171,7 @@ class PaliGemma:
 
         `params` from `unstack_layers`. A row whose cache is full keeps it and its logits mean nothing.
         """
+        chex.assert_equal_shape([token, cache.length])
         size = cache.layers[0].k.shape[1]
         x = gemma.embed(self.llm, params['llm'], token[:, None])
         mask = kv_cache.visible(cache.length + 1, size)[:, None, :]

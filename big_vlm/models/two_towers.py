@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,10 @@ class TwoTowers:
           stored (logits are zimg ztxt^T exp(t) + b), the towers' own intermediates under 'img/...' and 'txt/...', and
           the lengths before normalisation, 'img/norm' and 'txt/norm' [B,1].
         """
+        if image is not None:
+            chex.assert_shape(image, (None, self.image_size, self.image_size, 3))
+        if text is not None:
+            chex.assert_shape(text, (None, self.text_length))
         out = {name: params[name] for name in ('t', 'b') if name in params}
         rngs = {'img': None, 'txt': None}
         if rng is not None:

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from big_vlm import config
 from big_vlm.bundle import Bundle
@@ -109,14 +110,28 @@ def test_python_parses(code):
     ast.parse(code)
 
 
-@pytest.mark.parametrize('code', [code for code in blocks('python') if 'def get_config' in code])
-def test_the_example_config_is_valid(code, tmp_path):
-    (tmp_path / 'example.py').write_text(code)
+def test_the_example_dataset_feeds_the_example_config(tmp_path, monkeypatch):
+    """Both are run as they are printed, but for the place of the data."""
+    [builder] = [code for code in blocks('python') if 'GeneratorBasedBuilder' in code]
+    [example] = [code for code in blocks('python') if 'def get_config' in code]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'photos').mkdir()
+    for color in ('red', 'green', 'blue'):
+        Image.new('RGB', (64, 48), color).save(tmp_path / 'photos' / f'{color}.png')
+    lines = ''.join(f'{color}.png,a {color} wall\n' for color in ('red', 'green', 'blue'))
+    (tmp_path / 'photos' / 'captions.csv').write_text(lines)
+    builder = builder.replace('~/.cache/big_vlm', str(tmp_path / 'data'))
+    exec(compile(builder, 'README.md', 'exec'), {})
+    (tmp_path / 'example.py').write_text(example)
+
     stages = config.validate(config.load_config(str(tmp_path / 'example.py')))
-    for name, stage in stages.items():
-        for source in stage.data.sources.values():
-            sources.check(source.dataset)
-            transforms.parse(source.pipeline, where=name)
+    [source] = [source for stage in stages.values() for source in stage.data.sources.values()]
+    data_dir = str(tmp_path / 'data')
+    sources.check(source.dataset, data_dir)
+    pipeline = transforms.parse(source.pipeline, where='README.md')
+    records = sources.load(source.dataset, source.split, data_dir)
+    texts = [text for i in range(len(records)) for text in pipeline.texts(records[i])]
+    assert sorted(texts) == ['a blue wall', 'a green wall', 'a red wall']
 
 
 def test_python_uses_what_exists():

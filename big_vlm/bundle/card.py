@@ -14,6 +14,7 @@ z['image'] @ z['text'].T  # cosine similarities""",
 answer.text, answer.ids, answer.log_probs""",
 }
 _COMMAND = """
+
 On the command line:
 
 ```bash
@@ -34,7 +35,7 @@ def model_card(name: str, description: Mapping[str, Any]) -> str:
     rows = [
         ('task', task),
         ('parameters', f'{description["parameters"]:,}'),
-        ('architecture (variants; sizes in bundle.json may override)', ' + '.join(towers)),
+        ('architecture', ' + '.join(towers) + ' (sizes: bundle.json)'),
         ('training data', data),
         ('big_vlm', description['versions']['big_vlm']),
     ]

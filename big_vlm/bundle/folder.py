@@ -33,7 +33,7 @@ def load(path: str | os.PathLike, *, mesh: Mesh | None = None) -> Bundle:
       UserError: no such folder, not a bundle, a bundle of a newer big_vlm, files missing or cut short, a tokenizer
         other than the one it was trained with.
     """
-    path = pathlib.Path(path)
+    path = pathlib.Path(path).expanduser()
     description = _describe(path)
     where = path / 'bundle.json'
     try:
@@ -83,7 +83,7 @@ def save(
     Raises:
       UserError: the folder exists and is not a bundle, or the tokenizer is not the contract's.
     """
-    path = pathlib.Path(path)
+    path = pathlib.Path(path).expanduser()
     if path.exists() and not (path / 'bundle.json').is_file():
         raise UserError(f'{path} exists and is not a bundle: choose another name, or remove it')
     if tokenizer.sha256 != contract.tokenizer_sha256:

@@ -155,6 +155,18 @@ def test_equal_prompts_with_different_ids_draw_differently(generate):
     assert len({tuple(row) for row in out.ids.tolist()}) > 3
 
 
+def test_every_token_has_a_key_of_its_own(generate):
+    """Uniform logits: a key used twice in a row would draw the same token twice."""
+    out = jax.device_get(
+        generate({'w': np.zeros((VOCAB, VOCAB), np.float32)}, make_batch([[3]] * 8), sampler=Temperature(1.0))
+    )
+    pairs = [
+        (a, b) for row, n in zip(out.ids, out.length, strict=True) for a, b in zip(row[: n - 1], row[1:n], strict=True)
+    ]
+    assert len(pairs) > 20
+    assert np.mean([a == b for a, b in pairs]) < 0.4  # 1 in 11 by chance
+
+
 def test_sampled_log_probs_are_the_models_own(generate):
     """Whatever the temperature, a row's log-probabilities are those of its tokens under softmax(logits)."""
     params, prompts = weights(3), random_prompts(4, 3)

@@ -6,6 +6,7 @@ which training replaces and counts, and which evaluation reports by name.
     decode            the picture's bytes → uint8 RGB
     resize            to a square, as the contract says unless told otherwise
     text              a dual encoder's text and text_mask
+    first             a field from the first item of a column: a label
     prefix, suffix    prompt and answer, from a field or a template: suffix('{caption}')
     question          prompt and answer from the example's questions, one at random
     detect            prompt and answer for boxes of an object, or of every digit
@@ -59,6 +60,16 @@ def text(example: Example, context: 'Context', source: str) -> None:
     """`text` int32 [T] and `text_mask` bool [T] of a field ('caption') or a template ('a photo of {caption}')."""
     ids = context.tokenizer.encode(_cased(_fill(example, source), context))
     example['text'], example['text_mask'] = prompts.contrastive_text(ids, context.contract)
+
+
+def first(example: Example, context: 'Context', column: str, name: str) -> None:
+    """The first item of a column, `first('objects/digit', 'digit')`, as a field of its own: a label to evaluate."""
+    value: Any = example
+    for key in column.split('/'):
+        value = _field(value, key)
+    if not len(value):
+        raise ValueError(f'{column} is empty')
+    example[name] = value[0].item() if isinstance(value[0], np.generic) else value[0]
 
 
 def prefix(example: Example, context: 'Context', template: str) -> None:
@@ -131,7 +142,8 @@ def tokenize(example: Example, context: 'Context') -> None:
 
 
 OPERATIONS: dict[str, Callable[..., None]] = {
-    operation.__name__: operation for operation in (decode, resize, text, prefix, suffix, question, detect, tokenize)
+    operation.__name__: operation
+    for operation in (decode, resize, text, first, prefix, suffix, question, detect, tokenize)
 }
 
 

@@ -11,6 +11,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
+from big_vlm.config import UserError
+
 _Convert = Callable[[Any], Any]
 
 
@@ -18,8 +20,12 @@ def reader(features: tfds.features.FeaturesDict) -> Callable[[bytes], dict]:
     """A function from one stored example to a nested dict in the structure of `features`.
 
     Text → str, Image → its encoded bytes, scalars → int, float or bool, string tensors → list of str, other tensors →
-    numpy array, Sequence → list of str, list of bytes or array with a leading dimension.
+    numpy array, Sequence → list of str, list of bytes or array with a leading dimension. Raises UserError for nested
+    sequences, which TFDS reads with TensorFlow only.
     """
+    for name, feature in features.items():
+        if any(info.sequence_rank > 1 for info in _infos(feature.get_tensor_info())):
+            raise UserError(f'feature {name!r} is a nested sequence, which cannot be read without TensorFlow')
     plan = _plan(features, '')
     if plan is None:
         return lambda stored: _plain(features.deserialize_example_np(stored, decoders=_skip_images(features)))
@@ -29,6 +35,10 @@ def reader(features: tfds.features.FeaturesDict) -> Callable[[bytes], dict]:
         return _fill(plan, fields)
 
     return read
+
+
+def _infos(info: Any) -> list:
+    return [part for value in info.values() for part in _infos(value)] if isinstance(info, dict) else [info]
 
 
 def _fill(plan: Mapping, fields: Mapping) -> dict:

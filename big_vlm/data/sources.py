@@ -38,6 +38,8 @@ class Source:
         return len(self._stored)
 
     def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < len(self):
+            raise IndexError(f'{self.name} has {len(self)} records, not one at {index}')
         return self._read(self._stored[index])
 
     def original(self, index: int) -> int:
@@ -92,15 +94,20 @@ def load(dataset: str, split: str, data_dir: str = '') -> Source:
         return Source(f'{dataset}:{split}', stored, builder.info.features)
 
 
-def check(dataset: str) -> None:
-    """Raises UserError for a dataset or config that does not exist. Reads and writes nothing."""
+def check(dataset: str, data_dir: str = '') -> None:
+    """Raises UserError for a dataset or config that does not exist: neither known to TFDS nor prepared in `data_dir`.
+
+    Reads names alone and writes nothing.
+    """
     name, _, config = dataset.partition('/')
     if name in _EMBEDDED:
         configs = [c.name for c in _EMBEDDED[name].BUILDER_CONFIGS]
         if config and config not in configs:
             raise unknown('config', config, configs, name)
-    elif name not in tfds.list_builders(with_community_datasets=False):
-        raise unknown('dataset', name, [*_EMBEDDED, *tfds.list_builders(with_community_datasets=False)])
+    elif not (Path(data_dir or DEFAULT_DATA_DIR).expanduser() / dataset).is_dir():
+        known = tfds.list_builders(with_community_datasets=False)
+        if name not in known:
+            raise unknown('dataset', name, [*_EMBEDDED, *known])
 
 
 def subset(source: Source, where: Mapping[str, Any]) -> Any:

@@ -60,12 +60,14 @@ class Pipeline:
 
 def parse(pipeline: str, *, where: str) -> Pipeline:
     """Reads a pipeline. Raises UserError, naming `where`, for bad syntax, an unknown operation or wrong arguments."""
+    hint = "write 'decode | resize(48) | …'"
+    if not pipeline.strip():
+        raise UserError(f'{where}: the pipeline is empty; {hint}')
     try:
         # A pipeline reads as Python's `|` between names and calls; the parentheses let it span lines.
         tree = ast.parse(f'({pipeline.strip()})', mode='eval').body
     except (SyntaxError, ValueError) as error:
-        reason = 'it is empty' if not pipeline.strip() else getattr(error, 'msg', str(error))
-        hint = "write 'decode | resize(48) | …'"
+        reason = getattr(error, 'msg', str(error))
         raise UserError(f'{where}: cannot read pipeline {pipeline!r}: {reason}; {hint}') from None
     return Pipeline(pipeline, [_step(node, where) for node in _chain(tree)])
 

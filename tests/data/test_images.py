@@ -1,0 +1,139 @@
+"""Pictures in every dress come out as the same uint8 RGB; broken and oversized ones are refused."""
+
+import dataclasses
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from big_vlm.config import UserError
+from big_vlm.data import images
+from big_vlm.data.contract import Contract
+
+RNG = np.random.default_rng(0)
+PICTURE = RNG.integers(0, 256, (9, 7, 3), dtype=np.uint8)
+CONTRACT = Contract(
+    image_size=4, resample='bicubic', antialias=True, value_range=(-1.0, 1.0), text_length=8, lower=True, eos=True,
+    separator='\n', separator_ids=(4,), image_tokens=0, vocab_size=9, pad_id=0, bos_id=2, eos_id=1, tokenizer_sha256='',
+)  # fmt: skip
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_all_the_ways_in_agree(tmp_path):
+    png = encoded(Image.fromarray(PICTURE), 'png')
+    (tmp_path / 'a.png').write_bytes(png)
+    for source in (png, str(tmp_path / 'a.png'), tmp_path / 'a.png', Image.fromarray(PICTURE), PICTURE):
+        assert np.array_equal(images.decode(source), PICTURE)
+    assert np.array_equal(images.decode(encoded(Image.fromarray(PICTURE), 'bmp')), PICTURE)
+
+
+def test_grey_alpha_and_palette():
+    grey = PICTURE[..., 0]
+    for source in (grey, grey[..., None], encoded(Image.fromarray(grey), 'png')):
+        assert np.array_equal(images.decode(source), np.repeat(grey[..., None], 3, -1))
+    alpha = np.concatenate([PICTURE, PICTURE[..., :1]], -1)
+    assert np.array_equal(images.decode(alpha), PICTURE)
+    assert np.array_equal(images.decode(encoded(Image.fromarray(alpha), 'png')), PICTURE)
+    few = Image.fromarray(PICTURE // 128 * 255).convert('P')
+    assert np.array_equal(images.decode(encoded(few, 'png')), np.asarray(few.convert('RGB')))
+
+
+def test_sixteen_bit_grey_keeps_its_levels():
+    deep = np.array([[0, 257 * 100, 65535], [257, 30000, 128]], np.uint16)
+    decoded = images.decode(encoded(Image.fromarray(deep), 'png'))
+    assert decoded[..., 0].tolist() == [[0, 100, 255], [1, 117, 0]]
+
+
+def test_orientation():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned: show it a quarter turn clockwise
+    for kind in ('png', 'jpeg'):
+        upright = images.decode(encoded(Image.fromarray(PICTURE), kind))
+        turned = images.decode(encoded(Image.fromarray(PICTURE), kind, exif=exif))
+        assert np.array_equal(turned, np.rot90(upright, -1))
+
+
+@pytest.mark.parametrize('cut', [0, 20, 60, -30])
+def test_broken_pictures(cut):
+    for kind in ('png', 'jpeg'):
+        data = encoded(Image.fromarray(np.tile(PICTURE, (4, 4, 1))), kind)
+        with pytest.raises(ValueError, match='image'):
+            images.decode(data[:cut])
+
+
+def test_corrupt_pixels_are_refused():
+    data = bytearray(encoded(Image.fromarray(np.tile(PICTURE, (4, 4, 1))), 'png'))
+    data[200:220] = bytes(20)
+    with pytest.raises(ValueError):
+        images.decode(bytes(data))
+
+
+@pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')
+def test_a_bomb_is_refused_before_it_is_decoded():
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(kind + body))
+
+    for side in (10_000, 60_000):
+        header = chunk(b'IHDR', struct.pack('>IIBBBBB', side, side, 8, 2, 0, 0, 0))
+        bomb = b'\x89PNG\r\n\x1a\n' + header + chunk(b'IDAT', zlib.compress(bytes(1000))) + chunk(b'IEND', b'')
+        with pytest.raises(ValueError, match='pixels'):
+            images.decode(bomb)
+
+
+@pytest.mark.parametrize('array', [np.zeros((4, 4, 3)), np.zeros((4, 4, 5), np.uint8), np.zeros((0, 4, 3), np.uint8)])
+def test_arrays_that_are_no_pictures(array):
+    with pytest.raises(ValueError, match='image array must be'):
+        images.decode(array)
+
+
+@pytest.mark.parametrize(('method', 'pillow'), [('bilinear', Image.BILINEAR), ('bicubic', Image.BICUBIC)])
+def test_antialiased_resize_is_pillows(method, pillow):
+    big = RNG.integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    expected = np.asarray(Image.fromarray(big).resize((16, 16), pillow))
+    assert np.array_equal(images.resize(big, 16, method, True), expected)
+
+
+@pytest.mark.parametrize('size', [5, 16, 33])
+def test_plain_bilinear_resize_is_big_visions(size):
+    """Samples at (i + 0.5) · old / new − 0.5, edges clamped, no low-pass, truncated: tf.image's resize in float64."""
+    big = RNG.integers(0, 256, (23, 40, 3), dtype=np.uint8)
+
+    def weights(old: int) -> np.ndarray:
+        where = np.clip((np.arange(size) + 0.5) * old / size - 0.5, 0, old - 1)
+        low = np.minimum(where.astype(int), old - 2)
+        matrix = np.zeros((size, old))
+        matrix[np.arange(size), low] = 1 - (where - low)
+        matrix[np.arange(size), low + 1] = where - low
+        return matrix
+
+    exact = np.einsum('ia,jb,abc->ijc', weights(23), weights(40), big.astype(np.float64))
+    made = images.resize(big, size, 'bilinear', False)
+    # Where the exact value is a whole number, float32 may fall on either side of it.
+    clear = np.abs(exact - np.rint(exact)) > 1e-3
+    assert np.array_equal(made[clear], np.floor(exact)[clear])
+    assert np.abs(made - exact).max() < 1 + 1e-3
+
+
+def test_resizing_to_the_same_size_changes_nothing():
+    square = PICTURE[:7]
+    for antialias in (True, False):
+        assert np.array_equal(images.resize(square, 7, 'bicubic', antialias), square)
+
+
+def test_prepare_follows_the_contract(tmp_path):
+    expected = np.asarray(Image.fromarray(PICTURE).resize((4, 4), Image.BICUBIC))
+    assert np.array_equal(images.prepare(PICTURE, CONTRACT), expected)
+    plain = dataclasses.replace(CONTRACT, resample='bilinear', antialias=False)
+    assert np.array_equal(images.prepare(PICTURE, plain), images.resize(PICTURE, 4, 'bilinear', False))
+    with pytest.raises(UserError, match=r'images\[3\]: cannot read .*none.png: No such file'):
+        images.prepare(tmp_path / 'none.png', CONTRACT, 'images[3]')
+    with pytest.raises(UserError, match=r'^image: not an image'):
+        images.prepare(b'GIF?', CONTRACT)

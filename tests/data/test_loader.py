@@ -1,0 +1,349 @@
+"""A batch is a function of config, seed and step: whoever loads it, from wherever, with whatever goes wrong."""
+
+import io
+import logging
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from big_vlm import config
+from big_vlm.config import UserError
+from big_vlm.data import images, loader, sources, transforms
+from big_vlm.data.contract import Contract
+from big_vlm.data.tokenizer import Tokenizer
+
+CAPTIONS = "decode | resize(32) | prefix('caption en') | suffix('{caption}') | tokenize"
+QUESTIONS = 'decode | resize(32) | question | tokenize'
+
+
+@pytest.fixture(scope='module')
+def tokenizer(tmp_path_factory, tiny_digit_scenes) -> Tokenizer:
+    texts = loader.training_texts(mixture(tiny_digit_scenes))
+    return Tokenizer.train(texts, 420, tmp_path_factory.mktemp('t') / 't.model')
+
+
+@pytest.fixture(scope='module')
+def contract(tokenizer) -> Contract:
+    return Contract.make(config.Contract(image_size=32, text_length=80), tokenizer, image_tokens=4)
+
+
+def mixture(data_dir: str, **changes) -> config.Data:
+    return config.Data(
+        sources={
+            'captions': config.Source(dataset='digit_scenes/cells_tiny', pipeline=CAPTIONS),
+            'questions': config.Source(dataset='digit_scenes/free_tiny', pipeline=QUESTIONS, weight=3.0),
+        }
+        | changes,
+        data_dir=data_dir,
+    )
+
+
+def one(data_dir: str, pipeline: str = "decode | resize(32) | text('caption')", split: str = 'train') -> config.Data:
+    source = config.Source(dataset='digit_scenes/cells_tiny', split=split, pipeline=pipeline)
+    return config.Data(sources={'only': source}, data_dir=data_dir)
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+def test_a_batch_of_each_task(tiny_digit_scenes, tokenizer, contract):
+    batch = loader.train_batches(mixture(tiny_digit_scenes), contract, tokenizer, 8, seed=0)[0]
+    shapes = {key: (value.shape, value.dtype.name) for key, value in batch.items()}
+    row = ((8, 84), 'int32')
+    assert shapes == {
+        'image': ((8, 1, 32, 32, 3), 'uint8'),
+        'image_mask': ((8, 1), 'bool'),
+        **{key: row for key in ('text', 'segment', 'position', 'mask_ar', 'mask_loss')},
+        'id': ((8, 2), 'int32'),
+        'replaced': ((8,), 'bool'),
+    }
+    batch = loader.train_batches(one(tiny_digit_scenes), contract, tokenizer, 8, seed=0)[0]
+    assert {key: (value.shape, value.dtype.name) for key, value in batch.items()} == {
+        'image': ((8, 32, 32, 3), 'uint8'),
+        'text': ((8, 80), 'int32'),
+        'text_mask': ((8, 80), 'bool'),
+        'id': ((8, 2), 'int32'),
+        'replaced': ((8,), 'bool'),
+    }
+
+
+def test_ids_say_which_record_a_row_is(tiny_digit_scenes, tokenizer, contract):
+    source = sources.load('digit_scenes/cells_tiny', 'train', tiny_digit_scenes)
+    batch = loader.train_batches(one(tiny_digit_scenes), contract, tokenizer, 8, seed=0)[2]
+    for row in range(8):
+        record = source[batch['id'][row, 1]]
+        assert tokenizer.decode(batch['text'][row]) == record['caption']
+        expected = images.resize(images.decode(record['image']), 32, 'bilinear', True)
+        assert np.array_equal(batch['image'][row], expected)
+
+
+def test_batches_repeat_and_seeds_differ(tiny_digit_scenes, tokenizer, contract):
+    data = mixture(tiny_digit_scenes)
+    first, again, other = (loader.train_batches(data, contract, tokenizer, 8, seed) for seed in (1, 1, 2))
+    for step in (5, 0, 1_000_000):
+        assert same(first[step], again[step])
+        assert not np.array_equal(first[step]['id'], other[step]['id'])
+
+
+@pytest.mark.parametrize('count', [2, 4, 8])
+def test_shards_put_together_are_the_whole_batch(tiny_digit_scenes, tokenizer, contract, count):
+    data = mixture(tiny_digit_scenes)
+    whole = loader.train_batches(data, contract, tokenizer, 8, seed=3)
+    parts = [loader.train_batches(data, contract, tokenizer, 8, seed=3, shard=(i, count)) for i in range(count)]
+    for step in (0, 7):
+        loaded = [part[step] for part in parts]
+        assert same({key: np.concatenate([p[key] for p in loaded]) for key in loaded[0]}, whole[step])
+
+
+def test_a_batch_that_does_not_divide(tiny_digit_scenes, tokenizer, contract):
+    with pytest.raises(UserError, match='batch_size 8 does not divide among 3 data shards'):
+        loader.train_batches(mixture(tiny_digit_scenes), contract, tokenizer, 8, seed=0, shard=(0, 3))
+
+
+@pytest.mark.parametrize('threads', [1, 3])
+def test_resuming_is_slicing(tiny_digit_scenes, tokenizer, contract, threads):
+    ds = loader.train_batches(mixture(tiny_digit_scenes), contract, tokenizer, 4, seed=0)
+    straight = loader.iterate(ds, 0, threads=threads)
+    expected = [next(straight) for _ in range(7)]
+    resumed = loader.iterate(ds, 4, threads=threads, prefetch=3)
+    for step in range(4, 7):
+        batch = next(resumed)
+        assert same(batch, expected[step]) and 'replaced' not in batch
+        assert same(batch | {'replaced': np.zeros(4, bool)}, ds[step])
+
+
+def test_worker_processes_make_the_same_batches(tiny_digit_scenes, tokenizer, contract):
+    ds = loader.train_batches(mixture(tiny_digit_scenes), contract, tokenizer, 4, seed=0)
+    batches = loader.iterate(ds, 3, workers=1, prefetch=1)
+    for step in (3, 4):
+        assert same(next(batches) | {'replaced': np.zeros(4, bool)}, ds[step])
+
+
+def test_an_error_in_a_worker_process_reads_the_same(tiny_digit_scenes, tokenizer, contract):
+    data = one(tiny_digit_scenes, "decode | text('captoin')")
+    batches = loader.iterate(loader.train_batches(data, contract, tokenizer, 4, seed=0), workers=1)
+    with pytest.raises(UserError, match="^data.sources.only: unknown field 'captoin'"):
+        next(batches)
+
+
+def test_an_epoch_holds_every_record_once_and_each_epoch_has_its_own_order(tiny_digit_scenes, tokenizer, contract):
+    ds = loader.train_batches(one(tiny_digit_scenes), contract, tokenizer, 32, seed=0)
+    epochs = [np.concatenate([ds[3 * epoch + k]['id'][:, 1] for k in range(3)]) for epoch in range(2)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(96))
+    assert not np.array_equal(epochs[0], epochs[1])
+    assert not np.array_equal(epochs[0], np.arange(96))
+
+
+def test_the_mixture_has_its_weights(tiny_digit_scenes, tokenizer, contract):
+    ds = loader.train_batches(mixture(tiny_digit_scenes), contract, tokenizer, 16, seed=0)
+    numbers = np.concatenate([ds[step]['id'][:, 0] for step in range(4)])
+    assert abs((numbers == 1).mean() - 0.75) < 0.02
+
+
+def test_a_record_seen_twice_gets_another_question(tiny_digit_scenes, tokenizer, contract):
+    ds = loader.train_batches(one(tiny_digit_scenes, QUESTIONS), contract, tokenizer, 32, seed=0)
+    prompts: dict[int, list] = {}
+    for step in range(6):
+        batch = ds[step]
+        for row in range(32):
+            prompts.setdefault(int(batch['id'][row, 1]), []).append(batch['text'][row].tolist())
+    assert all(len(seen) == 2 for seen in prompts.values())
+    assert sum(a != b for a, b in prompts.values()) > 60
+
+
+class Damaged:
+    """A source some of whose pictures are cut short."""
+
+    def __init__(self, source, broken):
+        self.source, self.broken, self.name, self.features = source, set(broken), 'damaged', source.features
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        record = self.source[index]
+        return record | {'image': record['image'][:100]} if index in self.broken else record
+
+    def original(self, index):
+        return index
+
+
+@pytest.fixture
+def damage(monkeypatch):
+    def apply(broken):
+        load = sources.load
+        monkeypatch.setattr(sources, 'load', lambda *names: Damaged(load(*names), broken))
+
+    return apply
+
+
+def test_a_bad_picture_is_replaced_counted_and_named(tiny_digit_scenes, tokenizer, contract, damage, caplog):
+    clean = loader.train_batches(one(tiny_digit_scenes), contract, tokenizer, 32, seed=0)
+    damage([10, 50])
+    ds = loader.train_batches(one(tiny_digit_scenes), contract, tokenizer, 32, seed=0)
+    with caplog.at_level(logging.WARNING):
+        batches = [ds[step] for step in range(3)]
+    replaced = 0
+    for step, batch in enumerate(batches):
+        before = clean[step]
+        bad = np.isin(before['id'][:, 1], [10, 50])
+        assert np.array_equal(batch['replaced'], bad)
+        replaced += bad.sum()
+        # The other rows are what they were.
+        assert np.array_equal(batch['image'][~bad], before['image'][~bad])
+        assert not np.isin(batch['id'][:, 1], [10, 50]).any()
+    assert replaced == 2
+    assert 'record 10 replaced' in caplog.text and 'record 50 replaced' in caplog.text
+    # In whatever order and by whichever shard, the same records come in.
+    again = loader.train_batches(one(tiny_digit_scenes), contract, tokenizer, 32, seed=0, shard=(1, 2))
+    assert same(again[1], {key: value[16:] for key, value in batches[1].items()})
+    iterator = loader.iterate(ds, 0)
+    for _ in range(3):
+        next(iterator)
+    assert iterator.replaced == 2
+
+
+def test_a_source_that_mostly_fails_stops_the_run(tiny_digit_scenes, tokenizer, contract, damage):
+    damage(range(0, 96, 5))
+    iterator = loader.iterate(loader.train_batches(one(tiny_digit_scenes), contract, tokenizer, 32, seed=0))
+    with pytest.raises(UserError, match=r'data.sources.only: \d+ of \d+ examples failed, the last one, record \d+'):
+        for _ in range(20):
+            next(iterator)
+
+
+def test_a_source_that_wholly_fails_stops_at_once(tiny_digit_scenes, tokenizer, contract, damage):
+    damage(range(96))
+    ds = loader.train_batches(one(tiny_digit_scenes), contract, tokenizer, 4, seed=0)
+    with pytest.raises(UserError, match='100 records in a row failed, the last one with: cannot decode the image'):
+        ds[0]
+
+
+@pytest.mark.parametrize(
+    ('pipeline', 'message'),
+    [
+        ("decode | text('captoin')", r"data.sources.only: unknown field 'captoin'.*did you mean 'caption'"),
+        ("prefix('a')", 'the pipeline makes no arrays'),
+        ("decode | resize(16) | text('caption')", 'contract.image_size is 32'),
+    ],
+)
+def test_a_wrong_pipeline_is_an_error_not_a_bad_example(tiny_digit_scenes, tokenizer, contract, pipeline, message):
+    iterator = loader.iterate(loader.train_batches(one(tiny_digit_scenes, pipeline), contract, tokenizer, 4, seed=0))
+    with pytest.raises(UserError, match=message):
+        next(iterator)
+
+
+def test_pipelines_that_do_not_go_together(tiny_digit_scenes, tokenizer, contract):
+    other = config.Source(dataset='digit_scenes/cells_tiny', pipeline="decode | resize(32) | text('caption')")
+    ds = loader.train_batches(mixture(tiny_digit_scenes, other=other), contract, tokenizer, 8, seed=0)
+    with pytest.raises(UserError, match='the pipelines make different arrays'):
+        ds[0]
+    free = config.Source(dataset='digit_scenes/free_tiny', pipeline="decode | text('caption')")
+    cells = config.Source(dataset='digit_scenes/cells_tiny', pipeline="decode | text('caption')")
+    data = config.Data(sources={'a': free, 'b': cells}, data_dir=tiny_digit_scenes)
+    with pytest.raises(UserError, match=r'image has shapes \[64, 64, 3\] and \[48, 48, 3\].*add resize'):
+        loader.train_batches(data, contract, tokenizer, 8, seed=0)[0]
+
+
+def test_no_sources(tokenizer, contract):
+    with pytest.raises(UserError, match='data.sources is empty'):
+        loader.train_batches(config.Data(), contract, tokenizer, 8, seed=0)
+
+
+def test_examples_and_texts(tiny_digit_scenes):
+    data = mixture(tiny_digit_scenes)
+    assert loader.num_examples(data) == 192
+    texts = list(loader.training_texts(data))
+    captions = [r['caption'] for r in sources.load('digit_scenes/cells_tiny', 'train', tiny_digit_scenes)]
+    assert texts[:192] == [text for caption in captions for text in ('caption en', caption)]
+    assert 'how many digits are there?' in texts
+    assert len(list(loader.training_texts(one(tiny_digit_scenes), records=10))) == 11  # every ninth of 96
+
+
+def evaluation(tiny_digit_scenes, contract, tokenizer, pipeline=QUESTIONS, **options):
+    source = sources.load('digit_scenes/cells_tiny', 'test', tiny_digit_scenes)
+    parsed = transforms.parse(pipeline, where='evals.x.pipeline')
+    return source, list(loader.eval_batches(source, parsed, contract, tokenizer, **options))
+
+
+def test_evaluation_sees_every_record_once_and_pads_the_last_batch(tiny_digit_scenes, tokenizer, contract):
+    source, batches = evaluation(tiny_digit_scenes, contract, tokenizer, batch_size=12)
+    assert [batch['_mask'].sum() for batch, _ in batches] == [12, 12, 8]
+    assert all(len(value) == 12 for batch, _ in batches for value in batch.values())
+    assert [len(records) for _, records in batches] == [12, 12, 8]
+    records = [record for _, some in batches for record in some]
+    assert [record['id'] for record in records] == [source[i]['id'] for i in range(32)]
+    for record in records:
+        pairs = list(zip(record['questions']['question'], record['questions']['answer'], strict=True))
+        assert (record['prefix'], record['suffix']) in pairs
+        assert not {'image', 'instances', 'text'} & record.keys()
+    batch, _ = batches[-1]
+    assert np.array_equal(batch['image'][8:], np.repeat(batch['image'][:1], 4, 0))
+    assert batch['mask_loss'].sum() == 0
+    prompt = [i for i in batch['text'][0] if i > 3 and i != 4]
+    assert tokenizer.decode(prompt) == batches[-1][1][0]['prefix']
+
+
+def test_evaluation_repeats_and_a_subset_asks_the_same_questions(tiny_digit_scenes, tokenizer, contract):
+    source, batches = evaluation(tiny_digit_scenes, contract, tokenizer, batch_size=8)
+    asked = {record['id']: record['prefix'] for _, records in batches for record in records}
+    single = sources.subset(source, {'num_digits': 1})
+    pipeline = transforms.parse(QUESTIONS, where='')
+    for batch, records in loader.eval_batches(single, pipeline, contract, tokenizer, 8):
+        assert all(asked[record['id']] == record['prefix'] for record in records)
+        assert all(source[i]['num_digits'] == 1 for i in batch['id'][batch['_mask'], 1])
+
+
+def test_evaluation_shards_and_limits(tiny_digit_scenes, tokenizer, contract):
+    _, whole = evaluation(tiny_digit_scenes, contract, tokenizer, batch_size=8, examples=18)
+    _, left = evaluation(tiny_digit_scenes, contract, tokenizer, batch_size=8, examples=18, shard=(0, 2))
+    _, right = evaluation(tiny_digit_scenes, contract, tokenizer, batch_size=8, examples=18, shard=(1, 2))
+    assert [len(part) for part in (whole, left, right)] == [3, 3, 3]
+    for (batch, records), (a, first), (b, second) in zip(whole, left, right, strict=True):
+        assert [r['id'] for r in records] == [r['id'] for r in first + second]
+        joined = {key: np.concatenate([a[key], b[key]]) for key in a}
+        assert np.array_equal(joined['_mask'], batch['_mask'])
+        for key, value in joined.items():
+            assert np.array_equal(value[joined['_mask']], batch[key][batch['_mask']])
+    assert whole[2][0]['_mask'].sum() == 2 and right[2][0]['_mask'].sum() == 0 and right[2][1] == []
+
+
+def test_evaluation_names_a_bad_example(tiny_digit_scenes, tokenizer, contract):
+    source = Damaged(sources.load('digit_scenes/cells_tiny', 'test', tiny_digit_scenes), [9])
+    pipeline = transforms.parse("decode | resize(32) | text('caption')", where='')
+    with pytest.raises(UserError, match='damaged: record 9 failed in evaluation: cannot decode the image'):
+        list(loader.eval_batches(source, pipeline, contract, tokenizer, 8))
+
+
+def test_any_dataset_prepared_as_array_record(tmp_path, tokenizer, contract):
+    """A dataset that is not ours, written by TFDS's own means and read by name."""
+    from PIL import Image
+
+    class Pets(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version('1.0.0')
+
+        def _info(self):
+            features = tfds.features.FeaturesDict({
+                'image': tfds.features.Image(shape=(None, None, 3)),
+                'title': tfds.features.Text(),
+            })
+            return self.dataset_info_from_configs(features=features)
+
+        def _split_generators(self, dl_manager):
+            return {'train': self._generate_examples()}
+
+        def _generate_examples(self):
+            for i in range(6):
+                buffer = io.BytesIO()
+                Image.fromarray(np.full((20 + i, 30, 3), 40 * i, np.uint8)).save(buffer, 'png')
+                yield i, {'image': buffer.getvalue(), 'title': f'Pet {i}'}
+
+    Pets(data_dir=tmp_path, file_format='array_record').download_and_prepare()
+    source = config.Source(dataset='pets', pipeline="decode | resize(32) | text('title')")
+    data = config.Data(sources={'pets': source}, data_dir=str(tmp_path))
+    batch = loader.train_batches(data, contract, tokenizer, 6, seed=0)[0]
+    titles = [tokenizer.decode(text) for text in batch['text']]
+    assert sorted(titles) == [f'pet {i}' for i in range(6)]
+    assert [int(image.mean()) for image in batch['image']] == [40 * int(title[-1]) for title in titles]

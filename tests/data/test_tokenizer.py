@@ -1,0 +1,109 @@
+"""Text to ids and back; pieces that do not depend on what stands around a location token."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from big_vlm.config import UserError
+from big_vlm.data.tokenizer import Tokenizer
+
+GEMMA = Path(__file__).parents[3] / 'shared/assets/gemma_tokenizer.model'
+TEXTS = [
+    *(f'a {c} {d} in the {p}' for c in ('red', 'blue') for d in ('three', 'seven', 'nine') for p in ('center', 'top')),
+    'which digit is red?',
+    'how many digits are there?',
+    '12',
+]
+TRICKY = ['', ' ', '  two  spaces ', 'tab\there', 'line\nbreak\n\n', 'ü ñ 漢字 🎲', 'A<loc0000>b', '<seg128>']
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory) -> Tokenizer:
+    return Tokenizer.train(TEXTS, 320, tmp_path_factory.mktemp('tokenizer') / 'deep/tokenizer.model')
+
+
+def test_special_ids(trained):
+    assert (trained.pad_id, trained.eos_id, trained.bos_id) == (0, 1, 2)
+    assert [trained.piece(i) for i in range(4)] == ['<pad>', '</s>', '<s>', '<unk>']
+    assert trained.encode('\n') == [4] and trained.piece(4) == '\n'
+    assert trained.encode('red\nblue') == [*trained.encode('red'), 4, *trained.encode('blue')]
+    assert trained.base == 320 and trained.vocab_size == 320 + 1024 + 128
+
+
+@pytest.mark.parametrize('text', [*TEXTS, *TRICKY])
+def test_round_trip(trained, text):
+    ids = trained.encode(text)
+    assert trained.decode(ids) == text
+    assert not {0, 1, 2, 3} & set(ids)  # nothing added, nothing unknown
+
+
+def test_location_and_segmentation_tokens(trained):
+    base = trained.base
+    assert trained.encode('<loc0000><loc1023><seg000><seg127>') == [base, base + 1023, base + 1024, base + 1151]
+    assert trained.decode([base + 7, base + 1024 + 7]) == '<loc0007><seg007>'
+    assert trained.piece(base + 12) == '<loc0012>'
+    # Each side of a token is encoded on its own.
+    assert trained.encode('red<loc0005> blue') == [*trained.encode('red'), base + 5, *trained.encode(' blue')]
+    # What is no token stays text.
+    for text in ('<loc1024>', '<loc9999>', '<loc12>', '<seg128>', '<LOC0001>'):
+        assert max(trained.encode(text)) < base
+
+
+def test_no_space_is_added(trained):
+    assert trained.encode('red') != trained.encode(' red')
+    assert trained.decode(trained.encode(' red')) == ' red'
+
+
+def test_special_ids_decode_to_nothing_and_foreign_ones_to_a_mark(trained):
+    ids = trained.encode('red')
+    assert trained.decode([2, *ids, 1, 0, 0]) == 'red'
+    assert trained.decode([*ids, trained.vocab_size]) == 'red\ufffd'
+
+
+def test_training_is_deterministic_and_loading_gives_the_same(trained, tmp_path):
+    again = Tokenizer.train(iter(TEXTS), 320, tmp_path / 'again.model')
+    loaded = Tokenizer.load(trained.path)
+    assert again.sha256 == trained.sha256 == loaded.sha256 and len(loaded.sha256) == 64
+    assert loaded.encode(TEXTS[0]) == trained.encode(TEXTS[0])
+    copy = pickle.loads(pickle.dumps(trained))
+    assert copy.sha256 == trained.sha256 and copy.encode(TEXTS[0]) == trained.encode(TEXTS[0])
+    trained.save(tmp_path / 'saved.model')
+    assert Tokenizer.load(tmp_path / 'saved.model').sha256 == trained.sha256
+
+
+@pytest.mark.parametrize('texts', [['a'], ['a red three', 'a blue seven'], ['x' * 500], ['12 34\n56']])
+def test_tiny_corpora_give_a_smaller_vocabulary(texts, tmp_path):
+    tokenizer = Tokenizer.train(texts, 4096, tmp_path / 't.model')
+    assert 261 < tokenizer.base < 4096
+    for text in [*texts, 'something else entirely']:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_training_errors_name_the_fix(tmp_path):
+    with pytest.raises(UserError, match=r'vocab_size 100 cannot hold the text: use 2\d\d or more'):
+        Tokenizer.train(TEXTS, 100, tmp_path / 't.model')
+    with pytest.raises(UserError, match='no text to train'):
+        Tokenizer.train(['', ' '], 300, tmp_path / 't.model')
+
+
+def test_loading_errors(tmp_path):
+    with pytest.raises(UserError, match='cannot read tokenizer'):
+        Tokenizer.load(tmp_path / 'none.model')
+    (tmp_path / 'bad.model').write_bytes(b'not a model')
+    with pytest.raises(UserError, match='is not a SentencePiece model'):
+        Tokenizer.load(tmp_path / 'bad.model')
+
+
+@pytest.mark.skipif(not GEMMA.is_file(), reason='the Gemma tokenizer is not beside this checkout (shared/assets)')
+def test_gemma():
+    gemma = Tokenizer.load(GEMMA)
+    assert gemma.sha256 == '61a7b147390c64585d6c3543dd6fc636906c9af3865a5548f27f31aee1d4c8e2'
+    assert (gemma.base, gemma.vocab_size) == (256_000, 257_152)
+    assert (gemma.pad_id, gemma.eos_id, gemma.bos_id) == (0, 1, 2)
+    assert gemma.encode('\n') == [108] and gemma.encode('\n\n') == [109]
+    assert gemma.encode('<loc0000><loc1023><seg000>') == [256_000, 257_023, 257_024]
+    assert gemma.encode('caption en') == [21209, 659]
+    assert gemma.piece(gemma.encode('red')[0]) == 'red' and gemma.piece(gemma.encode(' red')[0]) == '▁red'
+    for text in [*TEXTS, *TRICKY]:
+        assert gemma.decode(gemma.encode(text)) == text

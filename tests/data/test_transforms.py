@@ -1,0 +1,211 @@
+"""The pipeline language: what it refuses, and what each operation makes of a record."""
+
+import numpy as np
+import pytest
+
+from big_vlm import config
+from big_vlm.config import UserError
+from big_vlm.data import images, sources, transforms
+from big_vlm.data.contract import Contract
+from big_vlm.data.coordinates import text_to_boxes
+from big_vlm.data.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope='module')
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    texts = ['a red three in the top left', 'a blue seven in the center', 'which digit is red?', 'caption en']
+    return Tokenizer.train(texts, 330, tmp_path_factory.mktemp('t') / 't.model')
+
+
+@pytest.fixture(scope='module')
+def free(tiny_digit_scenes) -> sources.Source:
+    return sources.load('digit_scenes/free_tiny', 'train', tiny_digit_scenes)
+
+
+@pytest.fixture
+def context(tokenizer) -> transforms.Context:
+    return make_context(tokenizer)
+
+
+def make_context(tokenizer, train=True, seed=(0,), **settings) -> transforms.Context:
+    settings = {'image_size': 32, 'text_length': 96} | settings
+    contract = Contract.make(config.Contract(**settings), tokenizer, image_tokens=4)
+    return transforms.Context(contract, tokenizer, train=train, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ('pipeline', 'message'),
+    [
+        ('decode | resze(48)', "unknown operation 'resze' (here): did you mean 'resize'"),
+        ('decode | resize(sise=48)', "unknown argument 'sise' (here, resize(size: int"),
+        ('decode | resize', "missing a required argument: 'size'"),
+        ('decode | resize(48, 3, 4, 5)', 'too many positional arguments'),
+        ("resize('48')", "size='48' does not fit"),
+        ('resize(True)', 'size=True does not fit'),
+        ('resize(4.5)', 'size=4.5 does not fit'),
+        ("resize(48, 'cubic')", "method='cubic' does not fit"),
+        ("resize(48, antialias='no')", "antialias='no' does not fit"),
+        ('question(which)', "argument 'which' of question is not a literal"),
+        ("question('which', 3)", 'kinds=3 does not fit'),
+        ("prefix(__import__('os').system('true'))", 'is not a literal'),
+        ('os.system', "'os.system' is no operation"),
+        ('decode, resize(3)', 'is no operation'),
+        ('decode & resize(3)', 'is no operation'),
+        ('decode | ', 'cannot read pipeline'),
+        ('', 'the pipeline is empty'),
+        ('decode |', 'cannot read pipeline'),
+    ],
+)
+def test_what_does_not_parse(pipeline, message):
+    with pytest.raises(UserError) as error:
+        transforms.parse(pipeline, where='here')
+    assert message in str(error.value) and 'here' in str(error.value) and '\n' not in str(error.value)
+
+
+def test_a_bar_in_a_text_is_text_and_lines_may_break(free, context):
+    pipeline = transforms.parse("""
+        prefix('a | b')
+        | suffix('{reading}')
+    """, where='here')
+    example = pipeline(free[0], context)
+    assert (example['prefix'], example['suffix']) == ('a | b', free[0]['reading'])
+
+
+def test_decode_and_resize_follow_the_contract(free, tokenizer):
+    record = free[0]
+    before = dict(record)
+    original = images.decode(record['image'])
+    for settings, (method, smooth) in (
+        ({}, ('bilinear', True)),
+        ({'resample': 'bicubic', 'antialias': False}, ('bicubic', False)),
+    ):
+        example = transforms.parse('decode | resize(32)', where='')(record, make_context(tokenizer, **settings))
+        assert np.array_equal(example['image'], images.resize(original, 32, method, smooth))
+    example = transforms.parse("decode | resize(32, 'bicubic', antialias=True)", where='')(
+        record, make_context(tokenizer, antialias=False)
+    )
+    assert np.array_equal(example['image'], images.resize(original, 32, 'bicubic', True))
+    assert record == before
+
+
+def test_resize_must_meet_the_model(free, context):
+    with pytest.raises(UserError, match=r'resize\(48\), but contract.image_size is 32'):
+        transforms.parse('decode | resize(48)', where='')(free[0], context)
+    with pytest.raises(UserError, match='resize before decode'):
+        transforms.parse('resize(32)', where='')(free[0], context)
+
+
+def test_text(free, tokenizer):
+    context = make_context(tokenizer, text_length=64)
+    record = {**free[0], 'caption': 'A Red three'}
+    ids = tokenizer.encode('a red three')
+    for pipeline in ("text('caption')", "text('{caption}')"):
+        example = transforms.parse(pipeline, where='')(record, context)
+        assert example['text'].tolist() == ids + [1] + [0] * (63 - len(ids))
+        assert example['text_mask'].sum() == len(ids) + 1
+    kept = transforms.parse("text('{caption}!')", where='')(record, make_context(tokenizer, lower=False))
+    assert tokenizer.decode(kept['text']) == 'A Red three!'
+
+
+def test_unknown_fields_are_errors(free, context):
+    for pipeline in ("text('captoin')", "suffix('{captoin}')"):
+        with pytest.raises(UserError, match="unknown field 'captoin'.*did you mean 'caption'"):
+            transforms.parse(pipeline, where='')(free[0], context)
+
+
+def test_templates_reach_fields_and_nothing_else(free, context):
+    example = transforms.parse("suffix('{caption.__class__} {} {num_digits}')", where='')(free[0], context)
+    assert example['suffix'] == '{caption.__class__} {} ' + str(free[0]['num_digits'])
+
+
+def test_questions_are_drawn_by_the_examples_own_seed(free, tokenizer):
+    pipeline = transforms.parse('question', where='')
+    record = max((free[i] for i in range(20)), key=lambda r: r['num_digits'])
+    pairs = dict(zip(record['questions']['question'], record['questions']['answer'], strict=True))
+    drawn = [pipeline(record, make_context(tokenizer, seed=(seed,))) for seed in range(200)]
+    assert all(pairs[example['prefix']] == example['suffix'] for example in drawn)
+    kinds = set(record['questions']['kind'])
+    counts = {kind: sum(example['kind'] == kind for example in drawn) for kind in kinds}
+    # Kinds are equally likely, however many questions each has.
+    assert min(counts.values()) > 0.5 * 200 / len(kinds), counts
+    again = [pipeline(record, make_context(tokenizer, seed=(seed,))) for seed in range(200)]
+    assert [e['prefix'] for e in again] == [e['prefix'] for e in drawn]
+
+
+def test_questions_by_kind(free, tokenizer):
+    pipeline = transforms.parse("question('which', 'where')", where='')
+    record = next(r for r in free if {'which', 'where'} <= set(r['questions']['kind']))
+    kinds = {pipeline(record, make_context(tokenizer, seed=(seed,)))['kind'] for seed in range(30)}
+    assert kinds == {'which', 'where'}
+    single = next(r for r in free if r['num_digits'] == 1)
+    with pytest.raises(ValueError, match='no question of kind add'):
+        transforms.parse("question('add')", where='')(single, make_context(tokenizer))
+    with pytest.raises(UserError, match="unknown question kind 'wich': did you mean 'which'"):
+        transforms.parse("question('wich')", where='')(single, make_context(tokenizer))
+
+
+def test_detect(free, tokenizer):
+    words = ['zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine']
+    record = max((free[i] for i in range(20)), key=lambda r: r['num_digits'])
+    objects = record['objects']
+    names = [f'{c} {words[d]}' for c, d in zip(objects['color'], objects['digit'], strict=True)]
+
+    every = transforms.parse("detect('digit')", where='')(record, make_context(tokenizer))
+    assert every['prefix'] == 'detect digit'
+    assert every['suffix'].count(' ; ') == len(names) - 1
+    boxes = text_to_boxes(every['suffix'])
+    assert [label for _, label in boxes] == names
+    assert np.abs(np.array([box for box, _ in boxes]) - objects['bbox']).max() <= 0.5 / 1023 + 1e-6
+    assert np.array_equal(every['boxes'], objects['bbox'])
+
+    targets = set()
+    for seed in range(40):
+        one = transforms.parse('detect', where='')(record, make_context(tokenizer, seed=(seed,)))
+        target = one['prefix'].removeprefix('detect ')
+        targets.add(target)
+        found = text_to_boxes(one['suffix'])
+        assert [label for _, label in found] == [name for name in names if name == target]
+        assert np.array_equal(one['boxes'], objects['bbox'][[i for i, name in enumerate(names) if name == target]])
+    assert targets == set(names)
+
+
+def test_first(free, context):
+    example = transforms.parse("first('objects/digit', 'digit') | first('objects/color', 'color')", where='')(
+        free[0], context
+    )
+    assert example['digit'] == int(free[0]['objects']['digit'][0]) and type(example['digit']) is int
+    assert example['color'] == free[0]['objects']['color'][0]
+
+
+def test_tokenize(free, tokenizer):
+    pipeline = transforms.parse("decode | resize(32) | prefix('caption en') | suffix('{caption}') | tokenize", where='')
+    record = {**free[0], 'caption': 'a red three'}
+    train = pipeline(record, make_context(tokenizer, text_length=24))
+    expected = [-1] * 4 + [2, *tokenizer.encode('caption en'), 4, *tokenizer.encode('a red three'), 1]
+    assert train['text'].tolist() == expected + [0] * (28 - len(expected))
+    assert train['image'].shape == (1, 32, 32, 3) and train['image_mask'].tolist() == [True]
+    start = len(expected) - len(tokenizer.encode('a red three')) - 1
+    assert train['mask_loss'].tolist() == [0] * start + [1] * (len(expected) - start) + [0] * (28 - len(expected))
+
+    evaluated = pipeline(record, make_context(tokenizer, train=False, text_length=24))
+    assert evaluated['text'].tolist() == expected[:start] + [0] * (28 - start)
+    assert evaluated['mask_loss'].sum() == 0 and evaluated['suffix'] == 'a red three'
+
+
+def test_a_prompt_that_does_not_fit(free, tokenizer):
+    pipeline = transforms.parse("decode | resize(32) | prefix('caption en') | suffix('x') | tokenize", where='')
+    with pytest.raises(ValueError, match='text slots'):  # training: a bad example
+        pipeline(free[0], make_context(tokenizer, text_length=3))
+    with pytest.raises(UserError, match='raise contract.text_length'):
+        pipeline(free[0], make_context(tokenizer, text_length=3, train=False))
+
+
+def test_texts_for_a_tokenizer(free):
+    record = free[0]
+    assert list(transforms.parse("decode | text('caption')", where='').texts(record)) == [record['caption']]
+    asked = record['questions']
+    assert list(transforms.parse('question | tokenize', where='').texts(record)) == asked['question'] + asked['answer']
+    pipeline = transforms.parse("prefix('ocr') | suffix('{reading}')", where='')
+    assert list(pipeline.texts(record)) == ['ocr', record['reading']]
+    named = list(transforms.parse('detect', where='').texts(record))
+    assert any(text.startswith('detect ') for text in named) and not any('<loc' in text for text in named)

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,11 +18,11 @@ ROOT = Path(__file__).parents[2]
 TOTAL = 40
 
 
-def start(workdir, delay):
+def start(workdir, delay, *process):
     workdir.mkdir(exist_ok=True)
     environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONWARNINGS': 'error::DeprecationWarning:big_vlm'}
     return subprocess.Popen(
-        [sys.executable, str(ROOT / 'tests/training/toy.py'), str(workdir), str(TOTAL), str(delay)],
+        [sys.executable, str(ROOT / 'tests/training/toy.py'), str(workdir), str(TOTAL), str(delay), *process],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -83,6 +84,7 @@ def test_killed_twice(whole, tmp_path):
     assert_same_run(whole, workdir)
 
 
+@pytest.mark.slow
 def test_asked_to_stop(whole, tmp_path):
     """SIGTERM: saves where it is, so that nothing is repeated, and says so."""
     workdir = tmp_path / 'run'
@@ -95,6 +97,28 @@ def test_asked_to_stop(whole, tmp_path):
     assert str(last) in [f.name for f in (workdir / 'checkpoints').iterdir()]
     finish(start(workdir, 0))
     assert_same_run(whole, workdir)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_one_goes_on(whole, tmp_path):
+    """Only one of two processes gets the signal: both save the same step. One process with four devices takes over."""
+    workdir = tmp_path / 'run'
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        address = f'localhost:{free.getsockname()[1]}'
+    processes = [start(workdir, 0.05, address, str(i)) for i in range(2)]
+    try:
+        wait_for_step(processes[0], workdir, 9)
+        processes[1].send_signal(signal.SIGTERM)
+        said = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    last = losses(workdir)[-1][0]
+    for out, err in said:
+        assert f'stopped and saved at step {last};' in out, (out, err)
+    finish(start(workdir, 0))
+    np.testing.assert_allclose(losses(workdir), losses(whole), rtol=1e-4)
 
 
 def test_a_finished_run_is_left_alone(whole):

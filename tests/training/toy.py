@@ -1,7 +1,7 @@
 """A task small enough to train thousands of steps, with everything that could break a resume: dropout, stats, noise.
 
-Also a program: `python toy.py WORKDIR TOTAL DELAY [DEVICES]` trains it, DELAY seconds a batch, and writes the final
-parameters.
+Also a program: `python toy.py WORKDIR TOTAL DELAY [ADDRESS PROCESS]` trains it on four devices, or as one of two
+processes with one device each, DELAY seconds a batch, and writes the final state.
 """
 
 import os
@@ -66,20 +66,29 @@ def stage(steps=0, **changes):
 
 def main():
     workdir, total, delay = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
-    devices = sys.argv[4] if len(sys.argv) > 4 else '4'
-    os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={devices}'
+    several = len(sys.argv) > 4
+    os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={1 if several else 4}'
     import jax
 
     from big_vlm.config import UserError
-    from big_vlm.reports.writers import CsvWriter
-    from big_vlm.sharding.mesh import make_mesh
+    from big_vlm.reports.writers import CsvWriter, MultiWriter
+    from big_vlm.sharding import mesh as meshes
     from big_vlm.training import loop
 
-    writer = CsvWriter(workdir / 'metrics.csv')
+    if several:
+        jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+        jax.distributed.initialize(sys.argv[4], num_processes=2, process_id=int(sys.argv[5]))
+    mesh = meshes.make_mesh(fsdp=2)
+    index, count = meshes.data_shard(mesh)
+    rows = slice(index * BATCH // count, (index + 1) * BATCH // count)
+
+    def own_batches(first):
+        for batch in batches(first, delay):
+            yield {key: value[rows] for key, value in batch.items()}
+
+    writer = CsvWriter(workdir / 'metrics.csv') if jax.process_index() == 0 else MultiWriter()
     try:
-        state = loop.train(
-            stage(total), Toy(), lambda first: batches(first, delay), workdir, writer, mesh=make_mesh(fsdp=2)
-        )
+        state = loop.train(stage(total), Toy(), own_batches, workdir, writer, mesh=mesh)
     except loop.Interrupted as stopped:
         print(stopped)
         sys.exit(0)

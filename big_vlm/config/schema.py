@@ -196,6 +196,7 @@ class Eval:
     templates: tuple[str, ...] = ('{}',)  # zero_shot: prompts, '{}' is the class name
     metrics: tuple[str, ...] = ('exact_match',)  # generation
     max_new_tokens: Positive = 32  # generation
+    slices: tuple[str, ...] = ()  # record fields whose values are scored apart, as 'held_out'
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,7 @@ class InitFrom:
     stage: str = ''  # an earlier stage of this run
     path: str = ''  # a bundle or a checkpoint
     parts: dict[str, str] = field(default_factory=dict)  # our subtree: theirs; '' is the whole tree; {}: everything
+    fresh: tuple[str, ...] = ()  # regexes of parameters that stay as initialised, such as a new head
     resize_position: bool = True  # resize learned position embeddings to our resolution
 
 

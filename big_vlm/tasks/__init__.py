@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 from big_vlm import config
 from big_vlm.data.contract import Contract
 from big_vlm.tasks.contrastive import Contrastive
-from big_vlm.tasks.generative import Generative
+from big_vlm.tasks.generative import Generative, image_tokens
 
 TASKS = {task.kind: task for task in (Contrastive, Generative)}
 Task = Contrastive | Generative
@@ -18,3 +18,8 @@ def make(stage: config.Stage, contract: Contract, mesh: Mesh | None = None) -> T
     if stage.task not in TASKS:
         raise config.unknown('task', stage.task, TASKS, 'task')
     return TASKS[stage.task](stage, contract, mesh)
+
+
+def image_slots(stage: config.Stage) -> int:
+    """Image slots of a row of this stage's batches: 0 for a dual encoder."""
+    return image_tokens(stage) if stage.task == Generative.kind else 0

@@ -15,6 +15,12 @@ from big_vlm.models import paligemma
 from big_vlm.ops import pixels, token_loss
 
 
+def image_tokens(stage: config.Stage) -> int:
+    """Tokens that the stage's image tower makes of one image. Raises UserError for an unknown variant."""
+    model = paligemma.from_config(stage.model, image_size=stage.contract.image_size, vocab_size=1)
+    return model.image_tokens
+
+
 class Generative:
     """Batches of images and whole token sequences (DESIGN of the batch: `docs/design.md`) → loss, metrics, answers.
 
@@ -33,9 +39,7 @@ class Generative:
         del mesh
         self.contract, self.average = contract, stage.model.average
         self.dtype = jnp.dtype(stage.model.dtype)
-        self.model = paligemma.from_config(
-            stage.model, image_size=contract.image_size, vocab_size=contract.vocab_size
-        )
+        self.model = paligemma.from_config(stage.model, image_size=contract.image_size, vocab_size=contract.vocab_size)
         if contract.image_tokens != self.model.image_tokens:
             raise config.UserError(
                 f'the contract has {contract.image_tokens} image slots, but the image tower {stage.model.image.variant} '
@@ -96,9 +100,7 @@ class Generative:
     def _supervised(self, params, batch, rng):
         """(logits [B,t,V], targets [B,t], mask [B,t]) over the text slots; the last image slot predicts the first."""
         first = max(self.contract.image_tokens - 1, 0)
-        logits, _ = self.model.apply(
-            params, *self._inputs(batch), logits_from=first, train=rng is not None, rng=rng
-        )
+        logits, _ = self.model.apply(params, *self._inputs(batch), logits_from=first, train=rng is not None, rng=rng)
         return logits[:, :-1], batch['text'][:, first + 1 :], batch['mask_loss'][:, first + 1 :]
 
     def _inputs(self, batch):

@@ -100,7 +100,9 @@ class Evaluator:
                 title=name,
             )
 
-    def batches(self, settings: Eval, examples: int | None = None) -> Iterator[tuple[dict[str, np.ndarray], list[dict]]]:
+    def batches(
+        self, settings: Eval, examples: int | None = None
+    ) -> Iterator[tuple[dict[str, np.ndarray], list[dict]]]:
         """(batch, records) of an evaluation; every process gets all of them."""
         source = sources.subset(
             sources.load(settings.dataset, settings.split, self.stage.data.data_dir), settings.where
@@ -125,7 +127,7 @@ class Evaluator:
         return _on_host(run(params, self._put(arrays)))
 
     def _embed_texts(self, params: Any, texts: list[str]) -> np.ndarray:
-        rows = [self.contract.lower and text.lower() or text for text in texts]
+        rows = [text.lower() if self.contract.lower else text for text in texts]
         rows = [prompts.contrastive_text(self.tokenizer.encode(text), self.contract) for text in rows]
         size = self._batch_size(Eval(kind='zero_shot'))
         parts = []
@@ -137,19 +139,18 @@ class Evaluator:
         return np.concatenate(parts)[: len(rows)]
 
     def _generate(self, settings: Eval, params: Any) -> Any:
+        # As long as the longest of all evaluations: one program serves them all.
+        longest = max(e.max_new_tokens for e in self.stage.evals.values() if e.kind == 'generation')
         run = self._once(
-            ('generate', settings.max_new_tokens),
+            'generate',
             lambda: make_generate(
-                self.task.predict,
-                max_new_tokens=settings.max_new_tokens,
-                eos_id=self.contract.eos_id,
-                pad_id=self.contract.pad_id,
+                self.task.predict, max_new_tokens=longest, eos_id=self.contract.eos_id, pad_id=self.contract.pad_id
             ),
         )
         weights = self._once('decode_params', lambda: jax.jit(self.task.predict['decode_params']))(params)
 
         def answer(batch: dict[str, np.ndarray]) -> list[str]:
-            out = run(weights, self._put(batch))
+            out = run(weights, self._put(batch), limit=settings.max_new_tokens)
             ids, lengths = _on_host(out.ids), _on_host(out.length)
             rows = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
             return [self.tokenizer.decode([i for i in row if i != self.contract.eos_id]) for row in rows]

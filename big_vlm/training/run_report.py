@@ -21,7 +21,8 @@ from big_vlm.sharding import mesh as meshes
 from big_vlm.training.evaluation import Evaluator
 
 _PAIRS = 16  # of the similarity matrix
-_ANSWERS = 6  # per evaluation
+_ANSWERS = 8  # per evaluation
+_NEW_TOKENS = 32
 
 
 def make(
@@ -73,7 +74,9 @@ def _examples(model: Bundle, settings: Eval, count: int) -> list[tuple[np.ndarra
     """(image uint8 [H,W,3], record) of the first examples of an evaluation."""
     mesh = meshes.make_mesh(data=1, devices=jax.local_devices()[:1])
     batches = Evaluator(model.stage, model.task, model.contract, model.tokenizer, mesh).batches(settings, count)
-    pairs = ((image, record) for batch, records in batches for image, record in zip(batch['image'], records, strict=False))
+    pairs = (
+        (image, record) for batch, records in batches for image, record in zip(batch['image'], records, strict=False)
+    )
     return [(image[0] if image.ndim == 4 else image, record) for image, record in itertools.islice(pairs, count)]
 
 
@@ -95,9 +98,8 @@ def _talk(model: Bundle, stage: str, drawn: dict[str, Any]) -> None:
             continue
         examples = _examples(model, settings, _ANSWERS)
         images, records = [image for image, _ in examples], [record for _, record in examples]
-        answers = model.generate(
-            images, [record['prefix'] for record in records], max_new_tokens=settings.max_new_tokens
-        )
+        # One length for all evaluations, and so one compilation.
+        answers = model.generate(images, [record['prefix'] for record in records], max_new_tokens=_NEW_TOKENS)
         metric = generation.metric(settings.metrics[0])
         for image, record, answer in zip(images, records, answers, strict=True):
             score = metric.score(answer.text, record['suffix'])

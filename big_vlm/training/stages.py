@@ -66,10 +66,17 @@ def check(stages: Mapping[str, Stage]) -> None:
         except UserError as error:
             raise UserError(f'{where}: {error}') from None
         optimizer.make(
-            stage.optimizer, 100, shapes, batch_size=stage.batch_size, examples_per_epoch=100, where=f'{where}.optimizer'
+            stage.optimizer,
+            100,
+            shapes,
+            batch_size=stage.batch_size,
+            examples_per_epoch=100,
+            where=f'{where}.optimizer',
         )
         if stage.init_from.path and not pathlib.Path(stage.init_from.path).expanduser().exists():
-            raise UserError(f'{where}.init_from.path: no folder {stage.init_from.path!r}: name a bundle or a checkpoint')
+            raise UserError(
+                f'{where}.init_from.path: no folder {stage.init_from.path!r}: name a bundle or a checkpoint'
+            )
 
 
 def run(stages: Mapping[str, Stage], workdir: str | os.PathLike) -> dict[str, pathlib.Path]:
@@ -106,7 +113,6 @@ def run_stage(
     if first:
         folder.mkdir(parents=True, exist_ok=True)
     wait('stage folder')
-    _one_at_a_time(lambda: loader.num_examples(stage.data))
     examples = loader.num_examples(stage.data)
     total = loop.total_steps(stage, examples, name)
     shapes = steps.param_shapes(task)
@@ -115,14 +121,10 @@ def run_stage(
         f'{name}: {stage.task}, {count:,} parameters, {total:,} steps of {stage.batch_size} examples on '
         f'{mesh.size} {jax.devices()[0].platform} device{"s" if mesh.size > 1 else ""}'
     )
-    ds = loader.train_batches(
-        stage.data, contract, tokenizer, stage.batch_size, stage.seed, meshes.data_shard(mesh)
-    )
+    ds = loader.train_batches(stage.data, contract, tokenizer, stage.batch_size, stage.seed, meshes.data_shard(mesh))
 
-    def batches(start: int) -> Iterator[dict[str, Any]]:
-        source = loader.iterate(ds, start, stage.data.threads, stage.data.workers, stage.data.prefetch)
-        for batch in source:
-            yield {**batch, f'{loop.HOST_METRIC}examples_replaced': source.replaced}
+    def batches(start: int) -> loader.Batches:
+        return loader.iterate(ds, start, stage.data.threads, stage.data.workers, stage.data.prefetch)
 
     evaluator = evaluation.Evaluator(stage, task, contract, tokenizer, mesh, folder)
     scores_file = folder / 'evals.json'

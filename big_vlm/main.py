@@ -1,0 +1,99 @@
+"""Trains what a config describes: flags → config → mesh → the stages the config names.
+
+    python -m big_vlm.main --config=configs/quickstart.py --workdir=runs/quickstart
+    python -m big_vlm.main --config=configs/digits.py:seed=1 --workdir=runs/digits --config.pretrain.optimizer.lr=3e-4
+
+The same command again skips finished stages and goes on where a stage stopped. Wrong input ends with one line and exit
+code 2; SIGTERM or Ctrl-C saves a checkpoint first and ends with exit code 75.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+INTERRUPTED = 75  # sysexits.h EX_TEMPFAIL: schedulers start the same command again
+
+
+def _flags(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog='python -m big_vlm.main', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        '--config', required=True, metavar='FILE[:ARG]', help='a config file, and what its get_config(arg) is given'
+    )
+    parser.add_argument(
+        '--config.KEY',
+        dest='unused',
+        metavar='VALUE',
+        help='override one key, as in --config.pretrain.optimizer.lr=1e-3',
+    )
+    parser.add_argument('--workdir', required=True, metavar='DIR', help='where everything is written; made if absent')
+    parser.add_argument('--check', action='store_true', help='validate the config, say what would run, and end')
+    parser.add_argument(
+        '--distributed', action='store_true', help='several processes: join them first (jax.distributed.initialize)'
+    )
+    return parser.parse_args(argv)
+
+
+def run(argv: Sequence[str]) -> None:
+    """`main` without its error lines: raises UserError and Interrupted."""
+    from big_vlm import config
+
+    rest, overrides = config.take_overrides(argv)
+    flags = _flags(rest)
+    raw = config.load_config(flags.config, overrides)
+    stages = config.validate(raw)
+
+    import jax
+
+    _compilation_cache()
+    if flags.distributed:
+        jax.distributed.initialize()
+    from big_vlm.training import run_report
+    from big_vlm.training import stages as stages_lib
+
+    stages_lib.check(stages)
+    if flags.check:
+        for name, stage in stages.items():
+            stages_lib.say(f'{name}: {stage.task}, batches of {stage.batch_size}: valid')
+        return
+    bundles = stages_lib.run(stages, flags.workdir)
+    if jax.process_index() == 0:
+        report = run_report.make(stages, flags.workdir, bundles, flags.config)
+        print(f'report: {report}')
+        for name, path in bundles.items():
+            if stages[name].task == 'generative':
+                print(f"ask {name}: python -m tools.generate {path} --image=FILE.png --prompt='caption en'")
+    stages_lib.wait('report')
+
+
+def _compilation_cache() -> None:
+    """A restart compiles nothing again, unless the environment says otherwise."""
+    import jax
+
+    if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
+        jax.config.update('jax_compilation_cache_dir', os.path.expanduser('~/.cache/big_vlm/compiled'))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, 2 for wrong input, 75 if stopped on request with everything saved."""
+    from big_vlm.config import UserError
+
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f'big_vlm: {error}', file=sys.stderr)
+        return 2
+    except Exception as error:
+        from big_vlm.training.loop import Interrupted
+
+        if not isinstance(error, Interrupted):
+            raise
+        print(f'big_vlm: {error}', file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

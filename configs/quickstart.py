@@ -7,8 +7,9 @@ Ten minutes on two CPU cores. Scenes hold one or two scanned digits in 16 px cel
     --config=configs/quickstart.py:seed=1,split=validation
 """
 
-from configs.arguments import parse_arg
 from ml_collections import ConfigDict
+
+from configs.arguments import parse_arg
 
 COLORS = ('red', 'green', 'blue', 'yellow', 'magenta', 'cyan', 'orange', 'white')
 DIGITS = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')

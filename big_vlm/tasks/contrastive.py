@@ -1,4 +1,4 @@
-"""The contrastive task: an image tower and a text tower drawn together by a pairwise loss (SigLIP, arXiv 2303.15343)."""
+"""The contrastive task: images and texts drawn together by a pairwise loss (SigLIP, arXiv 2303.15343)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The generative task: image and prompt in, answer out, trained on the answer's tokens alone (PaliGemma, 2407.07726)."""
+"""The generative task: image and prompt in, answer out, trained on the answer alone (PaliGemma, 2407.07726)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Generative:
         self.model = paligemma.from_config(stage.model, image_size=contract.image_size, vocab_size=contract.vocab_size)
         if contract.image_tokens != self.model.image_tokens:
             raise config.UserError(
-                f'the contract has {contract.image_tokens} image slots, but the image tower {stage.model.image.variant} '
+                f'the contract has {contract.image_tokens} image slots, but {stage.model.image.variant} '
                 f'makes {self.model.image_tokens} tokens of {contract.image_size} px'
             )
 

@@ -93,7 +93,7 @@ def _similarity(model: Bundle) -> report.Similarity | None:
 
 def _talk(model: Bundle, stage: str, drawn: dict[str, Any]) -> None:
     """Answers to the first examples of every generative evaluation, and the attention of some of them."""
-    for name, settings in model.stage.evals.items():
+    for settings in model.stage.evals.values():
         if settings.kind != 'generation':
             continue
         examples = _examples(model, settings, _ANSWERS)

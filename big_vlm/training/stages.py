@@ -269,8 +269,8 @@ def _remember(workdir: pathlib.Path, stages: Mapping[str, Stage]) -> None:
         ]
         if changed:
             raise UserError(
-                f'{workdir} was begun with another config ({", ".join(changed[:3])}{", …" if len(changed) > 3 else ""}): '
-                'choose another --workdir, or remove this one'
+                f'{workdir} was begun with another config ({"; ".join(changed[:3])}'
+                f'{"; …" if len(changed) > 3 else ""}): choose another --workdir, or remove this one'
             )
         now = before | now
     write_text(file, json.dumps(now, indent=1))

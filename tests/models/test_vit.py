@@ -116,10 +116,12 @@ def test_pools_by_their_definition():
 
 def test_the_last_block_before_the_final_norm_is_the_encoder_output():
     model = vit.ViT(**TINY, pool='none')
-    z, out = apply(model, random_params(model), image())
+    params = random_params(model)
+    z, out = apply(model, params, image())
     last = np.asarray(out['blocks'][-1], np.float64)
     normed = (last - last.mean(-1, keepdims=True)) / np.sqrt(last.var(-1, keepdims=True) + 1e-6)
-    np.testing.assert_allclose(z, normed, atol=1e-5)
+    norm = params['Transformer']['encoder_norm']
+    np.testing.assert_allclose(z, normed * norm['scale'] + norm['bias'], atol=1e-5)
 
 
 def test_initial_values():

@@ -21,7 +21,7 @@ PLACES = (
 
 
 def get_config(arg: str = '') -> ConfigDict:
-    args = parse_arg(arg, smoke=False, seed=0, split='test')
+    args = parse_arg(arg, smoke=False, seed=0, split='test') | {'layout': 'cells'}
     config = ConfigDict()
     config.stages = ('pretrain', 'multimodal', 'transfer')
     config.pretrain = pretrain(args)
@@ -141,7 +141,7 @@ def adamw(lr: float) -> dict:
 
 
 def dataset(args: dict) -> str:
-    return 'digit_scenes/cells_tiny' if args['smoke'] else 'digit_scenes/cells'
+    return f'digit_scenes/{args["layout"]}{"_tiny" if args["smoke"] else ""}'
 
 
 def train_pipeline(size: int, task: str) -> str:

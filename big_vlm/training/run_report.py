@@ -113,7 +113,7 @@ def _talk(model: Bundle, stage: str, drawn: dict[str, Any]) -> None:
                     correct=bool(score >= 0.5),
                     boxes=found,
                     true_boxes=true,
-                    note=f'{stage} · IoU {score:.2f}' if len(true) else stage,
+                    note=f'IoU {score:.2f}' if len(true) else '',
                 )
             )
         if len(drawn['attention']) < 3:

@@ -1,0 +1,298 @@
+"""Our models against Hugging Face's, on random weights: every embedding and logit within 2e-5 of the largest.
+
+The mapping is PARITY's, the other way round: (Hugging Face → ours), small enough to check by eye. The real importer
+lives in `interop`; this one must not share code with it.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from big_vlm.models import gemma, paligemma, text_towers, two_towers, vit
+
+torch = pytest.importorskip('torch')
+transformers = pytest.importorskip('transformers')
+pytestmark = pytest.mark.parity
+
+D, LAYERS, HEADS, F, PATCH = 24, 3, 4, 40, 4  # image and text encoders
+W, N, H, FF = 32, 4, 8, 56  # decoder
+TOLERANCE = 2e-5
+
+
+def close(got, expected):
+    expected = expected.detach().numpy() if isinstance(expected, torch.Tensor) else expected
+    assert got.shape == expected.shape
+    np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+
+
+def randomize(model, seed=0):
+    """Every weight and bias, norms included; token and position embeddings small, so that each epsilon shows."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            spread = 1e-2 if 'embed' in name else 0.3
+            p.copy_(spread * torch.randn(p.shape, generator=generator) + (1.0 if _is_layer_norm(name) else 0.0))
+    return model.eval()
+
+
+def _is_layer_norm(name):
+    return name.endswith('.weight') and any(x in name for x in ('layer_norm', 'post_layernorm.', 'head.layernorm'))
+
+
+def weights(model):
+    return {name: p.detach().numpy() for name, p in model.state_dict().items()}
+
+
+def heads(w, n):
+    """[N·H, D] → [D, N, H]."""
+    return w.reshape(n, -1, w.shape[1]).transpose(2, 0, 1)
+
+
+def dense(sd, name):
+    return {'kernel': sd[name + '.weight'].T, 'bias': sd[name + '.bias']}
+
+
+def layer_norm(sd, name):
+    return {'scale': sd[name + '.weight'], 'bias': sd[name + '.bias']}
+
+
+def mlp(sd, name):
+    return {'Dense_0': dense(sd, name + '.fc1'), 'Dense_1': dense(sd, name + '.fc2')}
+
+
+def attention(q, k, v, out):
+    """Four (weight, bias) pairs."""
+    table = {
+        name: {'kernel': heads(w, HEADS), 'bias': b.reshape(HEADS, -1)}
+        for name, (w, b) in zip(('query', 'key', 'value'), (q, k, v), strict=True)
+    }
+    w, b = out
+    return table | {'out': {'kernel': w.T.reshape(HEADS, -1, w.shape[0]), 'bias': b}}
+
+
+def encoder(sd, prefix, final_norm):
+    def block(i):
+        at = f'{prefix}.layers.{i}'
+        pairs = [(sd[f'{at}.self_attn.{x}_proj.weight'], sd[f'{at}.self_attn.{x}_proj.bias']) for x in 'qkv']
+        out = sd[f'{at}.self_attn.out_proj.weight'], sd[f'{at}.self_attn.out_proj.bias']
+        return {
+            'LayerNorm_0': layer_norm(sd, f'{at}.layer_norm1'),
+            'LayerNorm_1': layer_norm(sd, f'{at}.layer_norm2'),
+            'MultiHeadDotProductAttention_0': attention(*pairs, out),
+            'MlpBlock_0': mlp(sd, f'{at}.mlp'),
+        }
+
+    blocks = jax.tree.map(lambda *x: np.stack(x), *(block(i) for i in range(LAYERS)))
+    return {'encoderblock': blocks, 'encoder_norm': layer_norm(sd, final_norm)}
+
+
+def image_tower(sd, prefix):
+    return {
+        'embedding': {
+            'kernel': sd[f'{prefix}.embeddings.patch_embedding.weight'].transpose(2, 3, 1, 0),
+            'bias': sd[f'{prefix}.embeddings.patch_embedding.bias'],
+        },
+        'pos_embedding': sd[f'{prefix}.embeddings.position_embedding.weight'][None],
+        'Transformer': encoder(sd, f'{prefix}.encoder', f'{prefix}.post_layernorm'),
+    }
+
+
+def map_head(sd, prefix):
+    w, b = (sd[f'{prefix}.attention.in_proj_{x}'].reshape(3, D, *rest) for x, rest in (('weight', (D,)), ('bias', ())))
+    out = sd[f'{prefix}.attention.out_proj.weight'], sd[f'{prefix}.attention.out_proj.bias']
+    return {
+        'probe': sd[f'{prefix}.probe'],
+        'MultiHeadDotProductAttention_0': attention(*zip(w, b, strict=True), out),
+        'LayerNorm_0': layer_norm(sd, f'{prefix}.layernorm'),
+        'MlpBlock_0': mlp(sd, f'{prefix}.mlp'),
+    }
+
+
+def decoder(sd, prefix, kv_heads):
+    def layer(i):
+        at = f'{prefix}.layers.{i}'
+        q, k, v = (sd[f'{at}.self_attn.{x}_proj.weight'] for x in 'qkv')
+        q, k, v = (heads(w, n).transpose(1, 0, 2) for w, n in ((q, N), (k, kv_heads), (v, kv_heads)))
+        einsums = {'q_einsum': {'w': q}, 'kv_einsum': {'w': np.stack([k, v])}}
+        out = sd[f'{at}.self_attn.o_proj.weight'].reshape(W, N, H).transpose(1, 2, 0)
+        return {
+            'attn': (einsums if kv_heads != N else {'qkv_einsum': {'w': np.stack([q, k, v])}})
+            | {'attn_vec_einsum': {'w': out}},
+            'mlp': {
+                'gating_einsum': np.stack([sd[f'{at}.mlp.gate_proj.weight'].T, sd[f'{at}.mlp.up_proj.weight'].T]),
+                'linear': sd[f'{at}.mlp.down_proj.weight'].T,
+            },
+            'pre_attention_norm': {'scale': sd[f'{at}.input_layernorm.weight']},
+            'pre_ffw_norm': {'scale': sd[f'{at}.post_attention_layernorm.weight']},
+        }
+
+    return {
+        'embedder': {'input_embedding': sd[f'{prefix}.embed_tokens.weight']},
+        'layers': jax.tree.map(lambda *x: np.stack(x), *(layer(i) for i in range(LAYERS))),
+        'final_norm': {'scale': sd[f'{prefix}.norm.weight']},
+    }
+
+
+ENCODER = dict(hidden_size=D, intermediate_size=F, num_hidden_layers=LAYERS, num_attention_heads=HEADS)
+OURS = dict(width=D, depth=LAYERS, mlp_dim=F, num_heads=HEADS)
+VISION = ENCODER | dict(image_size=14, patch_size=PATCH)  # 14 pixels hold three patches of 4, two pixels go unseen
+DECODER = dict(hidden_size=W, intermediate_size=FF, num_hidden_layers=LAYERS, num_attention_heads=N, head_dim=H)
+
+
+def same_structure(params, init):
+    expected = jax.eval_shape(init, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, expected)
+
+
+@pytest.mark.parametrize('embed_dim', [D, 20])
+def test_siglip(embed_dim):
+    text_config = ENCODER | dict(vocab_size=60, max_position_embeddings=7, projection_size=embed_dim)
+    text_config |= dict(bos_token_id=None, eos_token_id=1, pad_token_id=1)
+    if embed_dim != D:
+        # SigLIP has no image head: the text tower is the wider or narrower one and projects to the image's width.
+        text_config |= dict(projection_size=D, hidden_size=embed_dim)
+    theirs = transformers.SiglipModel(transformers.SiglipConfig(text_config=text_config, vision_config=VISION))
+    theirs, rng = randomize(theirs), np.random.default_rng(1)
+    sd = weights(theirs)
+    params = {
+        'img': image_tower(sd, 'vision_model') | {'MAPHead_0': map_head(sd, 'vision_model.head')},
+        'txt': {
+            'Embed_0': {'embedding': sd['text_model.embeddings.token_embedding.weight']},
+            'pos_embedding': sd['text_model.embeddings.position_embedding.weight'][None],
+            'Encoder_0': encoder(sd, 'text_model.encoder', 'text_model.final_layer_norm'),
+            'head': dense(sd, 'text_model.head'),
+        },
+        't': sd['logit_scale'],
+        'b': sd['logit_bias'],
+    }
+    text_tower = text_towers.TextTransformer(60, 'mu', embed_dim=D, **(OURS | dict(width=embed_dim)))
+    ours = two_towers.TwoTowers(vit.ViT(f'mu/{PATCH}', **OURS), text_tower, image_size=14, text_length=7)
+    same_structure(params, ours.init)
+    image = 0.1 * rng.normal(size=(3, 14, 14, 3)).astype(np.float32)
+    text = rng.integers(2, 60, (3, 7))
+    text[1, 3:] = 1  # padding, which SigLIP attends to
+    with torch.no_grad():
+        out = theirs(input_ids=torch.tensor(text), pixel_values=torch.tensor(image.transpose(0, 3, 1, 2)))
+        image_out = theirs.vision_model(torch.tensor(image.transpose(0, 3, 1, 2)), output_hidden_states=True)
+        text_out = theirs.text_model(torch.tensor(text), output_hidden_states=True)
+    zimg, ztxt, ours_out = jax.jit(ours.apply)(params, image, text.astype(np.int32))
+    for i in range(LAYERS):
+        close(ours_out['img/blocks'][i], image_out.hidden_states[i + 1])
+        close(ours_out['txt/blocks'][i], text_out.hidden_states[i + 1])
+    close(ours_out['img/encoded'], image_out.last_hidden_state)
+    close(ours_out['txt/encoded'], text_out.last_hidden_state)
+    close(zimg, out.image_embeds)
+    close(ztxt, out.text_embeds)
+    close(zimg @ ztxt.T * jnp.exp(params['t']) + params['b'], out.logits_per_image)
+
+
+def make_gemma(kv_heads, vocab=60):
+    return gemma.Gemma(vocab, width=W, depth=LAYERS, mlp_dim=FF, num_heads=N, num_kv_heads=kv_heads, head_dim=H)
+
+
+@pytest.mark.parametrize('kv_heads', [1, 2, 4])
+def test_gemma(kv_heads):
+    config = transformers.GemmaConfig(**DECODER, num_key_value_heads=kv_heads, vocab_size=60)
+    theirs, ours = randomize(transformers.GemmaForCausalLM(config)), make_gemma(kv_heads)
+    params = decoder(weights(theirs), 'model', kv_heads)
+    same_structure(params, lambda rng: gemma.init(ours, rng))
+    tokens = np.random.default_rng(1).integers(0, 60, (2, 9))
+    with torch.no_grad():
+        out = theirs(torch.tensor(tokens), output_hidden_states=True)
+    mask = np.broadcast_to(np.tril(np.ones((9, 9), bool)), (2, 9, 9))
+    position = np.broadcast_to(np.arange(9, dtype=np.int32), (2, 9))
+
+    @jax.jit
+    def forward(params):
+        embedded = gemma.embed(ours, params, tokens.astype(np.int32))
+        x, out = ours.apply({'params': params}, embedded, position, mask)
+        return embedded, out['blocks'], gemma.logits(ours, params, x)
+
+    embedded, blocks, logits = forward(params)
+    close(embedded, out.hidden_states[0])
+    for i in range(LAYERS - 1):  # their last hidden state is after the final norm
+        close(blocks[i], out.hidden_states[i + 1])
+    close(logits, out.logits)
+
+
+@pytest.mark.parametrize('kv_heads', [1, 4])
+def test_paligemma_forward_and_greedy_decoding(kv_heads):
+    patches, image_token = 9, 60
+    config = transformers.PaliGemmaConfig(
+        vision_config=dict(model_type='siglip_vision_model', vision_use_head=False, projection_dim=W, **VISION),
+        text_config=dict(model_type='gemma', **DECODER, num_key_value_heads=kv_heads, vocab_size=61),
+        projection_dim=W,
+        image_token_index=image_token,
+    )
+    theirs = randomize(transformers.PaliGemmaForConditionalGeneration(config))
+    sd = weights(theirs)
+    params = {
+        'img': image_tower(sd, 'model.vision_tower') | {'head': dense(sd, 'model.multi_modal_projector.linear')},
+        'llm': decoder(sd, 'model.language_model', kv_heads),
+    }
+    image_model = vit.ViT(f'mu/{PATCH}', pool='none', head=W, **OURS)
+    ours = paligemma.PaliGemma(image_model, make_gemma(kv_heads, 61), image_size=14)
+    same_structure(params, ours.init)
+
+    rng = np.random.default_rng(1)
+    image = 0.1 * rng.normal(size=(2, 1, 14, 14, 3)).astype(np.float32)
+    pixels = torch.tensor(image[:, 0].transpose(0, 3, 1, 2))
+    # Prompts of 5 and 3 tokens, suffixes of 4, padded on the right to the same length.
+    prompts, suffix = np.array([5, 3]), rng.integers(2, 60, (2, 4))
+    slots = np.arange(patches + 9)[None]
+    start = patches + prompts[:, None]
+    text = rng.integers(2, 60, (2, patches + 9))
+    for row in range(2):
+        text[row, start[row, 0] : start[row, 0] + 4] = suffix[row]
+    real, ar = slots < start + 4, (slots >= start) & (slots < start + 4)
+    text = np.where(slots < patches, -1, np.where(real, text, 0)).astype(np.int32)
+    position = np.broadcast_to(slots, text.shape).astype(np.int32)
+    with torch.no_grad():
+        out = theirs(
+            input_ids=torch.tensor(np.where(text < 0, image_token, text)).long(),
+            pixel_values=pixels,
+            attention_mask=torch.tensor(real).long(),
+            token_type_ids=torch.tensor(ar).long(),
+        )
+    rows = text, real.astype(np.int32), position, ar.astype(np.int32)
+    logits, ours_out = jax.jit(lambda p: ours.apply(p, image, None, *rows))(params)
+    close(
+        ours.img.apply({'params': params['img']}, image[:, 0])[0], theirs.model.get_image_features(pixels).pooler_output
+    )
+    expected = out.logits.numpy()
+    for row in range(2):
+        close(logits[row][real[row]], expected[row][real[row]])
+
+    # The same answers, token by token: prefill, then one step each.
+    unstacked = paligemma.unstack_layers(params)
+    prompt = slots < start
+    rows = np.where(prompt, text, 0), prompt.astype(np.int32), position, np.zeros_like(text)
+    step_logits, cache = jax.jit(lambda p: ours.prefill(p, image, None, *rows, cache_size=24))(unstacked)
+    step = jax.jit(ours.decode_step)
+    for i in range(5):
+        close(step_logits, np.stack([expected[row, start[row, 0] - 1 + i] for row in range(2)]))
+        if i < 4:
+            step_logits, cache = step(unstacked, suffix[:, i].astype(np.int32), cache)
+    # Greedy tokens of each row alone, as `generate` gives them.
+    for row in range(2):
+        ids = torch.tensor(np.where(text < 0, image_token, text)[row, : start[row, 0]])[None].long()
+        with torch.no_grad():
+            answer = theirs.generate(
+                input_ids=ids,
+                pixel_values=pixels[row : row + 1],
+                attention_mask=torch.ones_like(ids),
+                token_type_ids=torch.zeros_like(ids),
+                max_new_tokens=6,
+                min_new_tokens=6,
+                do_sample=False,
+            )[0, ids.shape[1] :]
+        one = tuple(x[row : row + 1, : start[row, 0]] for x in rows)
+        row_image = image[row : row + 1]
+        logits, cache = ours.prefill(unstacked, row_image, None, *one, cache_size=24)
+        tokens = []
+        for _ in range(6):
+            # min_new_tokens forbids eos.
+            tokens.append(int(np.argmax(np.asarray(logits)[0] + np.where(np.arange(61) == 1, -np.inf, 0))))
+            logits, cache = step(unstacked, np.array(tokens[-1:], np.int32), cache)
+        assert tokens == answer.tolist()

@@ -1,0 +1,185 @@
+"""Names, shapes and counts of the published checkpoints, without allocating one; model FLOPs against the jaxpr."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from big_vlm.models import gemma, paligemma, text_towers, two_towers, vit
+
+
+def shapes(init):
+    leaves = jax.tree_util.tree_flatten_with_path(jax.eval_shape(init, jax.random.key(0)))[0]
+    return {'/'.join(key.key for key in path): leaf.shape for path, leaf in leaves}
+
+
+def count(init):
+    return sum(math.prod(shape) for shape in shapes(init).values())
+
+
+def siglip(variant, image_size, text_length, vocab_size=32_000):
+    name = variant.split('/')[0]
+    text_variant, embed_dim = ('So400m', 1536) if name == 'g-opt' else (name, vit.decode_variant(variant)['width'])
+    text = text_towers.TextTransformer(vocab_size, text_variant, embed_dim=embed_dim)
+    return two_towers.TwoTowers(vit.ViT(variant), text, image_size, text_length)
+
+
+def pali_3b(image_size):
+    return paligemma.PaliGemma(vit.ViT('So400m/14', pool='none', head=2048), gemma.Gemma(), image_size)
+
+
+def encoder_block(prefix, n, d, heads, f):
+    """An encoder's stacked block and final norm."""
+    h = d // heads
+    table = {}
+    for name in ('LayerNorm_0', 'LayerNorm_1'):
+        table |= {f'{name}/scale': (d,), f'{name}/bias': (d,)}
+    table |= attention_and_mlp(d, heads, h, f)
+    table = {f'{prefix}/encoderblock/{name}': (n, *shape) for name, shape in table.items()}
+    return table | {f'{prefix}/encoder_norm/{name}': (d,) for name in ('scale', 'bias')}
+
+
+def attention_and_mlp(d, heads, h, f):
+    table = {
+        'MultiHeadDotProductAttention_0/out/kernel': (heads, h, d),
+        'MultiHeadDotProductAttention_0/out/bias': (d,),
+        'MlpBlock_0/Dense_0/kernel': (d, f),
+        'MlpBlock_0/Dense_0/bias': (f,),
+        'MlpBlock_0/Dense_1/kernel': (f, d),
+        'MlpBlock_0/Dense_1/bias': (d,),
+    }
+    for name in ('query', 'key', 'value'):
+        table[f'MultiHeadDotProductAttention_0/{name}/kernel'] = (d, heads, h)
+        table[f'MultiHeadDotProductAttention_0/{name}/bias'] = (heads, h)
+    return table
+
+
+def image_tower(n, d, heads, f, patch, patches):
+    return {
+        'img/embedding/kernel': (patch, patch, 3, d),
+        'img/embedding/bias': (d,),
+        'img/pos_embedding': (1, patches, d),
+    } | encoder_block('img/Transformer', n, d, heads, f)
+
+
+def test_siglip_names_and_shapes():
+    expected = image_tower(12, 768, 12, 3072, 16, 196)
+    expected |= {f'img/MAPHead_0/{name}': shape for name, shape in attention_and_mlp(768, 12, 64, 3072).items()}
+    expected |= {
+        'img/MAPHead_0/probe': (1, 1, 768),
+        'img/MAPHead_0/LayerNorm_0/scale': (768,),
+        'img/MAPHead_0/LayerNorm_0/bias': (768,),
+        'txt/Embed_0/embedding': (32_000, 768),
+        'txt/pos_embedding': (1, 64, 768),
+        'txt/head/kernel': (768, 768),
+        'txt/head/bias': (768,),
+        't': (1,),
+        'b': (1,),
+    }
+    expected |= encoder_block('txt/Encoder_0', 12, 768, 12, 3072)
+    assert shapes(siglip('B/16', 224, 64).init) == expected
+
+
+def test_paligemma_names_and_shapes():
+    expected = image_tower(27, 1152, 16, 4304, 14, 256)
+    expected |= {
+        'img/head/kernel': (1152, 2048),
+        'img/head/bias': (2048,),
+        'llm/embedder/input_embedding': (257_152, 2048),
+        'llm/final_norm/scale': (2048,),
+        'llm/layers/attn/q_einsum/w': (18, 8, 2048, 256),
+        'llm/layers/attn/kv_einsum/w': (18, 2, 1, 2048, 256),
+        'llm/layers/attn/attn_vec_einsum/w': (18, 8, 256, 2048),
+        'llm/layers/mlp/gating_einsum': (18, 2, 2048, 16_384),
+        'llm/layers/mlp/linear': (18, 16_384, 2048),
+        'llm/layers/pre_attention_norm/scale': (18, 2048),
+        'llm/layers/pre_ffw_norm/scale': (18, 2048),
+    }
+    assert shapes(pali_3b(224).init) == expected
+
+
+def test_one_einsum_where_every_head_has_its_own_keys():
+    layers = shapes(lambda rng: gemma.init(gemma.Gemma(256_000, 'gemma_7b'), rng))
+    assert layers['layers/attn/qkv_einsum/w'] == (28, 3, 16, 3072, 256)
+    assert 'layers/attn/q_einsum/w' not in layers
+
+
+@pytest.mark.parametrize(
+    ('model', 'parameters'),
+    [
+        # google/siglip-base-patch16-224, -so400m-patch14-224 (16 tokens), -so400m-patch14-384; then siglip2's base
+        # and giant (as transformers counts them, built from the published sizes).
+        (siglip('B/16', 224, 64), 203_155_970),
+        (siglip('So400m/14', 224, 16), 877_360_306),
+        (siglip('So400m/14', 384, 64), 877_960_498),
+        (siglip('B/16', 224, 64, 256_000), 375_187_970),
+        (siglip('g-opt/16', 256, 64, 256_000), 1_871_393_906),
+        # google/paligemma-3b-pt-224, -448, -896, less Hugging Face's 64 rows of padding.
+        (pali_3b(224), 2_923_335_408),
+        (pali_3b(448), 2_924_220_144),
+        (pali_3b(896), 2_927_759_088),
+    ],
+)
+def test_published_parameter_counts(model, parameters):
+    assert count(model.init) == parameters
+
+
+def test_gemma_parameter_counts():
+    # google/gemma-2b and -7b.
+    assert count(lambda rng: gemma.init(gemma.Gemma(256_000, 'gemma_2b'), rng)) == 2_506_172_416
+    assert count(lambda rng: gemma.init(gemma.Gemma(256_000, 'gemma_7b'), rng)) == 8_537_680_896
+
+
+def matmul_flops(jaxpr):
+    """Twice the multiply-adds of every dot_general, loops counted as often as they run."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == 'dot_general':
+            ((contracted, _), _) = equation.params['dimension_numbers']
+            inner = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
+            total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
+        times = equation.params.get('length', 1) if equation.primitive.name == 'scan' else 1
+        for value in equation.params.values():
+            inner_jaxpr = getattr(value, 'jaxpr', value)
+            if hasattr(inner_jaxpr, 'eqns'):
+                total += times * matmul_flops(inner_jaxpr)
+    return total
+
+
+def traced(f, *shapes):
+    return matmul_flops(jax.make_jaxpr(f)(*shapes).jaxpr)
+
+
+def image(model, *lead):
+    return jax.ShapeDtypeStruct((*lead, model.image_size, model.image_size, 3), jnp.float32)
+
+
+@pytest.mark.parametrize('pool', vit.POOLS)
+def test_vit_flops(pool):
+    model = vit.ViT('S/16', pool=pool, head=100)
+    x = jax.ShapeDtypeStruct((1, 70, 70, 3), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), x)
+    assert vit.forward_flops(model, 70) == traced(lambda p, x: model.apply(p, x)[0], params, x)
+
+
+@pytest.mark.parametrize('pool', ['last', 'map'])
+def test_two_towers_flops(pool):
+    model = siglip('S/16', 64, 16, 100)
+    model = two_towers.TwoTowers(model.img, model.txt.clone(pool=pool), 64, 16)
+    text = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    assert model.forward_flops() == traced(lambda *a: model.apply(*a)[:2], params, image(model, 1), text)
+
+
+@pytest.mark.parametrize('kv_heads', [1, 2, 8])
+def test_paligemma_flops(kv_heads):
+    decoder = gemma.Gemma(1000, width=64, depth=3, mlp_dim=96, num_heads=8, num_kv_heads=kv_heads, head_dim=16)
+    model = paligemma.PaliGemma(vit.ViT('Ti/16', pool='none', head=64), decoder, 32)
+    rows = [jax.ShapeDtypeStruct((1, 2 * 4 + 7), jnp.int32)] * 4
+    params = jax.eval_shape(model.init, jax.random.key(0))
+
+    def forward(params, image, *rows):
+        return model.apply(params, image, None, *rows, logits_from=8)[0]
+
+    assert model.forward_flops(7, num_images=2) == traced(forward, params, image(model, 1, 2), *rows)

@@ -8,7 +8,7 @@ import fcntl
 import io
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from big_vlm.config import UserError, unknown
 from big_vlm.data import records
-from big_vlm.data.builders.digit_scenes import DigitScenes
+from big_vlm.data.builders.digit_scenes import SPLITS, DigitScenes
 
 _log = logging.getLogger(__name__)
 _EMBEDDED = {'digit_scenes': DigitScenes}
@@ -83,10 +83,7 @@ def load(dataset: str, split: str, data_dir: str = '') -> Source:
     folder = Path(data_dir or DEFAULT_DATA_DIR).expanduser()
     with _quiet():
         builder = _builder(dataset, folder)
-        splits = builder.info.splits
-        for part in re.split(r'\s*\+\s*', split):
-            if re.sub(r'\[.*', '', part) not in splits:
-                raise unknown('split', part, sorted(splits), dataset)
+        _check_split(split, builder.info.splits, dataset)
         try:
             stored = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
         except (ValueError, NotImplementedError) as error:
@@ -94,20 +91,34 @@ def load(dataset: str, split: str, data_dir: str = '') -> Source:
         return Source(f'{dataset}:{split}', stored, builder.info.features)
 
 
-def check(dataset: str, data_dir: str = '') -> None:
-    """Raises UserError for a dataset or config that does not exist: neither known to TFDS nor prepared in `data_dir`.
+def check(dataset: str, split: str, data_dir: str = '', where: str = '') -> None:
+    """Refuses, without reading a record or writing anything, what `load` would: UserError.
 
-    Reads names alone and writes nothing.
+    `where`: the dotted key of the section that names them, for errors.
     """
     name, _, config = dataset.partition('/')
-    if name in _EMBEDDED:
-        configs = [c.name for c in _EMBEDDED[name].BUILDER_CONFIGS]
-        if config and config not in configs:
-            raise unknown('config', config, configs, name)
-    elif not (Path(data_dir or DEFAULT_DATA_DIR).expanduser() / dataset).is_dir():
-        known = tfds.list_builders(with_community_datasets=False)
-        if name not in known:
-            raise unknown('dataset', name, [*_EMBEDDED, *known])
+    try:
+        if name in _EMBEDDED:
+            _check_config(name, config)
+            splits = SPLITS
+        else:
+            with _quiet():
+                splits = _builder(dataset, Path(data_dir or DEFAULT_DATA_DIR).expanduser()).info.splits
+        _check_split(split, splits, dataset)
+    except UserError as error:
+        raise UserError(f'{where}: {error}') if where else error from None
+
+
+def _check_config(name: str, config: str) -> None:
+    configs = [c.name for c in _EMBEDDED[name].BUILDER_CONFIGS]
+    if config and config not in configs:
+        raise unknown('config', config, configs, name)
+
+
+def _check_split(split: str, splits: Iterable[str], where: str) -> None:
+    for part in re.split(r'\s*\+\s*', split):
+        if re.sub(r'\[.*', '', part) not in splits:
+            raise unknown('split', part, splits, where)
 
 
 def subset(source: Source, where: Mapping[str, Any]) -> Any:
@@ -138,7 +149,7 @@ def _matches(record: dict, wanted: dict) -> bool:
 def _builder(dataset: str, folder: Path) -> tfds.core.DatasetBuilder:
     name, _, config = dataset.partition('/')
     if name in _EMBEDDED:
-        check(dataset)
+        _check_config(name, config)
         return _embedded(_EMBEDDED[name], config, folder)
     try:
         builder = tfds.builder(dataset, data_dir=folder)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from big_vlm.data import sources
-from big_vlm.data.builders import digit_scenes, scene_language
-from big_vlm.data.builders.digit_scenes import HELD_OUT, INK, LAYOUTS, SPLITS, Scenes
+from big_vlm.data.builders import scene_language
+from big_vlm.data.builders.scenes import HELD_OUT, INK, LAYOUTS, SPLITS, Scenes, source_digits
 
 WORDS = ['zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine']
 
@@ -32,7 +32,7 @@ def every(scenes) -> list:
 
 
 def test_a_scan_belongs_to_one_split_and_shares_are_70_15_15_in_every_class():
-    parts = {split: digit_scenes.source_digits(split) for split in SPLITS}
+    parts = {split: source_digits(split) for split in SPLITS}
     indices = np.concatenate([part[2] for part in parts.values()])
     assert sorted(indices) == list(range(1797))
     for label in range(10):
@@ -48,7 +48,7 @@ def test_a_scan_belongs_to_one_split_and_shares_are_70_15_15_in_every_class():
 
 def test_scenes_draw_only_scans_of_their_own_split(scenes):
     for (layout, split), some in scenes.items():
-        allowed = set(digit_scenes.source_digits(split)[2].tolist())
+        allowed = set(source_digits(split)[2].tolist())
         assert {int(o['source']) for scene in some for o in scene['objects']} <= allowed, (layout, split)
 
 
@@ -115,7 +115,7 @@ def test_digits_do_not_touch_and_ground_is_darker_than_ink(every):
         # 3 px beyond all ink there is ground alone.
         far = cv2.dilate((instances > 0).astype(np.uint8), np.ones((7, 7), np.uint8)) == 0
         assert image[far].max() < 140
-        assert image[instances > 0].max(-1).mean() > 150
+        assert image[instances > 0].max(-1).mean() > image[far].max(-1).mean() + 80
 
 
 def test_places_are_those_of_the_boxes(every):
@@ -225,4 +225,4 @@ def test_the_dataset_holds_the_scenes(tiny_digit_scenes):
                 assert record[key] == scene[key]
             assert record['questions']['answer'] == [q['answer'] for q in scene['questions']]
             assert record['objects']['color'] == [o['color'] for o in scene['objects']]
-            assert np.array_equal(record['objects']['bbox'], [o['bbox'] for o in scene['objects']])
+            assert np.array_equal(record['objects']['bbox'], np.float32([o['bbox'] for o in scene['objects']]))

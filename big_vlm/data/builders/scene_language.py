@@ -3,10 +3,12 @@
 An object is a dict with `digit` (0..9), `color` and `place`; objects come in reading order.
 """
 
+import random
 from collections import Counter
 from collections.abc import Sequence
+from typing import TypeVar
 
-import numpy as np
+Item = TypeVar('Item')
 
 WORDS = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
 PLACES = (
@@ -53,7 +55,12 @@ def _article(word: str) -> str:
     return 'an' if word[0] in 'aeiou' else 'a'
 
 
-def questions(objects: Sequence[dict], rng: np.random.Generator, colors: Sequence[str]) -> list[dict]:
+def pick(dice: random.Random, items: Sequence[Item]) -> Item:
+    """One of the items. Not `dice.choice`, whose draws may change between Python versions."""
+    return items[int(dice.random() * len(items))]
+
+
+def questions(objects: Sequence[dict], dice: random.Random, colors: Sequence[str]) -> list[dict]:
     """Questions of every kind the scene allows, as dicts `question`, `answer`, `kind`.
 
     A digit, colour or place points at an object only where it is the only one of its kind in the scene. Digits are
@@ -77,15 +84,14 @@ def questions(objects: Sequence[dict], rng: np.random.Generator, colors: Sequenc
             ask('color', f'what color is the {word}?', o['color'])
             ask('where', f'where is the {word}?', o['place'])
     ask('count', 'how many digits are there?', str(len(objects)))
-    present = objects[rng.integers(len(objects))]['color']
-    absent = colors[rng.integers(len(colors))]
-    for color in dict.fromkeys((present, absent)):
+    for color in dict.fromkeys((pick(dice, objects)['color'], pick(dice, colors))):
         ask('count', f'how many {color} digits are there?', str(seen[color]))
     if len(objects) > 1:
         ask('add', 'what is the sum of the digits?', str(sum(o['digit'] for o in objects)))
         unique = [o for o in objects if seen[o['color']] == 1]
         if len(unique) > 1:
-            a, b = (unique[i] for i in rng.choice(len(unique), size=2, replace=False))
+            a = pick(dice, unique)
+            b = pick(dice, [o for o in unique if o is not a])
             if a['digit'] != b['digit']:
                 greater = 'yes' if a['digit'] > b['digit'] else 'no'
                 ask('compare', f'is the {a["color"]} digit greater than the {b["color"]} digit?', greater)

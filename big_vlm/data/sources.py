@@ -8,6 +8,7 @@ import fcntl
 import io
 import logging
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,10 @@ def _embedded(kind: type, config: str, folder: Path) -> tfds.core.DatasetBuilder
             sizes = builder.scenes_per_split()
             label = f'drawing {builder.name}/{builder.builder_config.name}'
             _log.info('%s into %s (once)', label, folder)
-            with tqdm(total=sum(sizes.values()), desc=label, unit=' scenes', delay=2, leave=False) as bar:
+            pace = 0.2 if sys.stderr.isatty() else 20.0  # seconds: a log file is not redrawn
+            with tqdm(
+                total=sum(sizes.values()), desc=label, unit=' scenes', delay=2, mininterval=pace, leave=False
+            ) as bar:
                 builder.on_scene = bar.update
                 builder.download_and_prepare()
     return builder
@@ -209,4 +213,3 @@ def _quiet() -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition('\n')[0]
-

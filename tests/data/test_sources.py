@@ -23,7 +23,7 @@ def test_records_are_plain_values(tiny_digit_scenes):
 
 def test_the_fast_reader_agrees_with_tfds(tiny_digit_scenes):
     source = sources.load('digit_scenes/free_tiny', 'test', tiny_digit_scenes)
-    builder = tfds.builder_from_directory(str(Path(tiny_digit_scenes, 'digit_scenes/free_tiny/1.0.0')))
+    builder = tfds.builder_from_directory(str(Path(tiny_digit_scenes, 'digit_scenes/free_tiny/1.1.0')))
     skip = {'image': tfds.decode.SkipDecoding(), 'instances': tfds.decode.SkipDecoding()}
     for ours, theirs in zip(source, builder.as_data_source('test', decoders=skip), strict=True):
         theirs = records._plain(theirs)
@@ -142,7 +142,7 @@ print('done')
         out, err = process.communicate(timeout=120)
         assert (process.returncode, out) == (0, 'done\n'), err
         assert 'Error' not in err and 'WARNING' not in err
-    prepared = tmp_path / 'digit_scenes/cells_tiny/1.0.0'
+    prepared = tmp_path / 'digit_scenes/cells_tiny/1.1.0'
     assert len(list(prepared.glob('*array_record*'))) == 3
 
 

@@ -28,7 +28,7 @@ class DigitScenesConfig(tfds.core.BuilderConfig):
 class DigitScenes(tfds.core.GeneratorBasedBuilder):
     """Coloured scenes of real handwritten digits with captions, questions, boxes and masks."""
 
-    VERSION = tfds.core.Version('1.0.0')
+    VERSION = tfds.core.Version('1.1.0')
     BUILDER_CONFIGS = [
         DigitScenesConfig(name='cells', description='48 px, one or two digits in a 3×3 grid', layout='cells'),
         DigitScenesConfig(name='free', description='64 px, one to four digits anywhere', layout='free', train=60_000),

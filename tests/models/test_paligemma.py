@@ -176,8 +176,8 @@ def test_text_without_an_image():
 
 
 def test_every_parameter_learns_and_is_strongly_typed():
-    params = jax.jit(MODEL.init)(jax.random.key(0))
-    assert not any(x.weak_type or x.dtype != jnp.float32 for x in jax.tree.leaves(params))
+    params, shapes = random_params(), jax.eval_shape(MODEL.init, jax.random.key(0))
+    assert not any(x.weak_type or x.dtype != jnp.float32 for x in jax.tree.leaves(shapes))
     row = stack(one_row([3, 4, 5], [6, 7]))
 
     def loss(params):
@@ -203,4 +203,4 @@ def test_from_config():
     assert 'MAPHead_0' not in shapes['img'] and shapes['img']['head']['kernel'].shape == (16, D)
     logits, out = jax.jit(lambda p: model.apply(p, images(1, 1), None, *stack(one_row([3, 4]))))(random_params(model))
     assert logits.dtype == jnp.float32 and out['decoded'].dtype == jnp.bfloat16
-    assert 0.5 < np.abs(logits).max() < 2.0
+    assert 1.5 < np.abs(logits).max() <= 2.0

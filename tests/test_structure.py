@@ -61,7 +61,6 @@ VAGUE_NAMES = {'utils', 'util', 'helpers', 'common', 'misc'}
 MODULE_OF = {
     'absl-py': 'absl',
     'importlib_resources': None,
-    'array_record': None,
     'opencv-python-headless': 'cv2',
     'orbax-checkpoint': 'orbax',
     'pillow': 'PIL',

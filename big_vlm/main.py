@@ -11,13 +11,26 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
+
+from big_vlm.config import UserError, unknown
 
 INTERRUPTED = 75  # sysexits.h EX_TEMPFAIL: schedulers start the same command again
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors are one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f'{message}; {self.prog} --help tells more')
+
+
 def _flags(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog='python -m big_vlm.main', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = _Parser(
+        prog='python -m big_vlm.main',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
         '--config', required=True, metavar='FILE[:ARG]', help='a config file, and what its get_config(arg) is given'
@@ -33,7 +46,11 @@ def _flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         '--distributed', action='store_true', help='several processes: join them first (jax.distributed.initialize)'
     )
-    return parser.parse_args(argv)
+    flags, others = parser.parse_known_args(argv)
+    if others:
+        valid = [f'--{name}' for name in ('config', 'workdir', 'check', 'distributed', 'help')]
+        raise unknown('flag', others[0].partition('=')[0], [*valid, '--config.KEY'])
+    return flags
 
 
 def run(argv: Sequence[str]) -> None:
@@ -78,8 +95,6 @@ def _compilation_cache() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 2 for wrong input, 75 if stopped on request with everything saved."""
-    from big_vlm.config import UserError
-
     try:
         run(sys.argv[1:] if argv is None else argv)
     except UserError as error:

@@ -127,7 +127,7 @@ def test_the_example_dataset_feeds_the_example_config(tmp_path, monkeypatch):
     stages = config.validate(config.load_config(str(tmp_path / 'example.py')))
     [source] = [source for stage in stages.values() for source in stage.data.sources.values()]
     data_dir = str(tmp_path / 'data')
-    sources.check(source.dataset, data_dir)
+    sources.check(source.dataset, source.split, data_dir)
     pipeline = transforms.parse(source.pipeline, where='README.md')
     records = sources.load(source.dataset, source.split, data_dir)
     texts = [text for i in range(len(records)) for text in pipeline.texts(records[i])]

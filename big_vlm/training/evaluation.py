@@ -11,14 +11,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from big_vlm import config
-from big_vlm.config import Eval, Stage
+from big_vlm.config import Eval, Stage, UserError
 from big_vlm.data import loader, prompts, sources, transforms
 from big_vlm.data.contract import Contract
 from big_vlm.data.tokenizer import Tokenizer
 from big_vlm.decoding.generate import make_generate
 from big_vlm.evaluators import generation, retrieval, zero_shot
-from big_vlm.evaluators.scores import Scores
+from big_vlm.evaluators.scores import Scores, field
 from big_vlm.sharding import mesh as meshes
 from big_vlm.tasks import Task
 
@@ -31,12 +30,12 @@ def check(stage: Stage, where: str) -> None:
         place = f'{where}.evals.{name}'
         if NEEDS[settings.kind] != stage.task:
             fitting = [kind for kind, task in NEEDS.items() if task == stage.task]
-            raise config.UserError(
+            raise UserError(
                 f'{place}.kind: {settings.kind} needs a {NEEDS[settings.kind]} task, this stage is {stage.task}: '
                 f'use {" or ".join(fitting)}'
             )
         transforms.parse(settings.pipeline, where=f'{place}.pipeline')
-        sources.check(settings.dataset)
+        sources.check(settings.dataset, settings.split, stage.data.data_dir, where=place)
         if settings.kind == 'generation':
             for metric in settings.metrics:
                 generation.metric(metric)
@@ -99,6 +98,21 @@ class Evaluator:
                 predictions_path=self.predictions / f'predictions_{name}.jsonl' if self.predictions and first else None,
                 title=name,
             )
+
+    def rehearse(self, where: str) -> None:
+        """Makes the first batch of every evaluation: what could not be evaluated is refused before it is trained.
+
+        Raises UserError, with `where`, the stage's dotted key: a field that the records do not have, a prompt that does
+        not fit, a record that cannot be read.
+        """
+        for name, settings in self.stage.evals.items():
+            truths = ('prefix', 'suffix') if settings.kind == 'generation' else (settings.label,)
+            try:
+                for record in next(self.batches(settings), ({}, []))[1]:
+                    for key in (*truths, *settings.slices):
+                        field(record, key)
+            except UserError as error:
+                raise UserError(f'{where}.evals.{name}: {error}') from None
 
     def batches(
         self, settings: Eval, examples: int | None = None

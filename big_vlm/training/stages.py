@@ -10,32 +10,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import pathlib
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
-from big_vlm import bundle, checkpoints, config, tasks
-from big_vlm.checkpoints import trees
+from big_vlm import bundle, config, tasks
 from big_vlm.config import Stage, UserError
 from big_vlm.data import loader, sources, transforms
 from big_vlm.data.contract import Contract
 from big_vlm.data.coordinates import NUM_LOCATIONS, NUM_SEGMENTS
 from big_vlm.data.tokenizer import Tokenizer
-from big_vlm.ops import position_resize
 from big_vlm.reports import writers
 from big_vlm.sharding import mesh as meshes
-from big_vlm.training import evaluation, loop, optimizer
+from big_vlm.training import evaluation, initial_weights, loop, optimizer
 from big_vlm.training import step as steps
 
-POSITION = 'img/pos_embedding'
 # What may change between two runs in one workdir: where it runs, what is logged, kept and evaluated.
 _FREE = ('mesh', 'log_every', 'checkpoint', 'evals')
 _FREE_DATA = ('data_dir', 'workers', 'threads', 'prefetch')
@@ -44,39 +39,35 @@ _FREE_DATA = ('data_dir', 'workers', 'threads', 'prefetch')
 def check(stages: Mapping[str, Stage]) -> None:
     """Refuses, before any data is read or a device computes, what the config's schema could not know to be wrong.
 
-    Raises UserError: unknown operations, datasets, variants, metrics, optimizers; rules that miss a parameter; a batch
-    that the mesh cannot divide; image slots or weights that do not fit together.
+    Raises UserError: unknown operations, datasets, splits, variants, metrics, optimizers; rules that miss a parameter;
+    a batch that the mesh cannot divide; first weights that are not there or do not fit.
     """
-    single = len(stages) == 1
+    vocab_sizes = _vocab_sizes(stages)
+    shapes: dict[str, Any] = {}
     for name, stage in stages.items():
-        where = 'config' if single and name == 'train' else f'config.{name}'
+        where = _where(stages, name)
         for key, source in stage.data.sources.items():
-            transforms.parse(source.pipeline, where=f'{where}.data.sources.{key}.pipeline')
-            sources.check(source.dataset)
+            place = f'{where}.data.sources.{key}'
+            transforms.parse(source.pipeline, where=f'{place}.pipeline')
+            sources.check(source.dataset, source.split, stage.data.data_dir, where=place)
         evaluation.check(stage, where)
-        mesh = _mesh(stage)
-        meshes.check_batch(mesh, stage.batch_size)
-        if stage.tokenizer.path:
-            vocab_size = Tokenizer.load(stage.tokenizer.path).vocab_size
-        else:
-            vocab_size = stage.tokenizer.vocab_size + NUM_LOCATIONS + NUM_SEGMENTS
         try:
-            task = tasks.make(stage, _draft_contract(stage, vocab_size), mesh)
-            shapes = steps.param_shapes(task)
+            mesh = _mesh(stage)
+            meshes.check_batch(mesh, stage.batch_size)
+            shapes[name] = steps.param_shapes(tasks.make(stage, _draft_contract(stage, vocab_sizes[name]), mesh))
         except UserError as error:
             raise UserError(f'{where}: {error}') from None
+        # How long an epoch is shows only in the data.
+        epochs = bool(stage.total.epochs)
         optimizer.make(
             stage.optimizer,
-            100,
-            shapes,
+            2**30 if epochs else loop.total_steps(stage, where=where),
+            shapes[name],
             batch_size=stage.batch_size,
-            examples_per_epoch=100,
+            examples_per_epoch=1,
             where=f'{where}.optimizer',
         )
-        if stage.init_from.path and not pathlib.Path(stage.init_from.path).expanduser().exists():
-            raise UserError(
-                f'{where}.init_from.path: no folder {stage.init_from.path!r}: name a bundle or a checkpoint'
-            )
+        initial_weights.check(stage, shapes, name, where)
 
 
 def run(stages: Mapping[str, Stage], workdir: str | os.PathLike) -> dict[str, pathlib.Path]:
@@ -86,8 +77,13 @@ def run(stages: Mapping[str, Stage], workdir: str | os.PathLike) -> dict[str, pa
     """
     workdir = pathlib.Path(workdir)
     if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        _remember(workdir, stages)
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            _remember(workdir, stages)
+        except OSError as error:
+            raise UserError(
+                f'--workdir={workdir}: cannot be written ({error.strerror}): name a folder that can'
+            ) from error
     wait('workdir')
     tokenizers = _tokenizers(workdir, stages)
     bundles = {}
@@ -97,16 +93,33 @@ def run(stages: Mapping[str, Stage], workdir: str | os.PathLike) -> dict[str, pa
         if (bundles[name] / 'bundle.json').is_file():
             say(f'{name}: finished already, {bundles[name]}')
             continue
-        run_stage(name, stage, folder, tokenizers[name], bundles)
+        run_stage(name, stage, folder, tokenizers[name], bundles, where=_where(stages, name))
     return bundles
 
 
 def run_stage(
-    name: str, stage: Stage, folder: pathlib.Path, tokenizer: Tokenizer, bundles: Mapping[str, pathlib.Path]
+    name: str,
+    stage: Stage,
+    folder: pathlib.Path,
+    tokenizer: Tokenizer,
+    bundles: Mapping[str, pathlib.Path],
+    *,
+    mesh: Mesh | None = None,
+    where: str = 'config',
 ) -> None:
-    """Trains, evaluates and bundles one stage. `bundles`: those of the earlier stages, for `init_from.stage`."""
+    """Trains, evaluates and bundles one stage.
+
+    Args:
+      name: of the stage, for what is said.
+      stage: validated and checked.
+      folder: of the stage.
+      tokenizer: of the stage.
+      bundles: those of the earlier stages, for `init_from.stage`.
+      mesh: where to train; None: all devices, as `stage.mesh` says.
+      where: the stage's dotted key, for errors.
+    """
     began = time.time()
-    mesh = _mesh(stage)
+    mesh = _mesh(stage) if mesh is None else mesh
     contract = make_contract(stage, tokenizer)
     task = tasks.make(stage, contract, mesh)
     first = jax.process_index() == 0
@@ -114,7 +127,7 @@ def run_stage(
         folder.mkdir(parents=True, exist_ok=True)
     wait('stage folder')
     examples = loader.num_examples(stage.data)
-    total = loop.total_steps(stage, examples, name)
+    total = loop.total_steps(stage, examples, where)
     shapes = steps.param_shapes(task)
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     say(
@@ -127,6 +140,7 @@ def run_stage(
         return loader.iterate(ds, start, stage.data.threads, stage.data.workers, stage.data.prefetch)
 
     evaluator = evaluation.Evaluator(stage, task, contract, tokenizer, mesh, folder)
+    evaluator.rehearse(where)
     scores_file = folder / 'evals.json'
 
     def evaluate(which: str, step: int, state: Any) -> dict[str, float]:
@@ -157,9 +171,9 @@ def run_stage(
             mesh=mesh,
             examples_per_epoch=examples,
             evaluate=evaluate,
-            initial_params=_initial_params(stage, bundles),
+            initial_params=initial_weights.make(stage.init_from, bundles, where),
             extra={'contract': contract.to_dict()},
-            where=f'config.{name}',
+            where=where,
         )
     finally:
         writer.close()
@@ -181,7 +195,23 @@ def _draft_contract(stage: Stage, vocab_size: int) -> Contract:
     return Contract(**settings, **ids, image_tokens=tasks.image_slots(stage), vocab_size=vocab_size)
 
 
-def _mesh(stage: Stage) -> jax.sharding.Mesh:
+def _where(stages: Mapping[str, Stage], name: str) -> str:
+    """The dotted key of a stage."""
+    return 'config' if len(stages) == 1 and name == 'train' else f'config.{name}'
+
+
+def _vocab_sizes(stages: Mapping[str, Stage]) -> dict[str, int]:
+    """Of each stage's tokenizer; of one that is still to be trained, what it is asked to have."""
+    asked = max((stage.tokenizer.vocab_size for stage in stages.values() if not stage.tokenizer.path), default=0)
+    return {
+        name: Tokenizer.load(stage.tokenizer.path).vocab_size
+        if stage.tokenizer.path
+        else asked + NUM_LOCATIONS + NUM_SEGMENTS
+        for name, stage in stages.items()
+    }
+
+
+def _mesh(stage: Stage) -> Mesh:
     return meshes.make_mesh(stage.mesh.data, stage.mesh.fsdp, stage.mesh.model)
 
 
@@ -208,48 +238,6 @@ def _one_at_a_time(prepare: Callable[[], Any]) -> None:
     if jax.process_index() == 0:
         prepare()
     wait('prepared')
-
-
-def _initial_params(stage: Stage, bundles: Mapping[str, pathlib.Path]) -> Callable[[Any], Any] | None:
-    """A function from fresh parameters to those of `init_from`; None where everything starts fresh."""
-    init = stage.init_from
-    if not (init.stage or init.path):
-        return None
-    folder = bundles[init.stage] if init.stage else pathlib.Path(init.path).expanduser()
-
-    def load(fresh: Any) -> Any:
-        params = trees.flat(fresh)
-        for ours, theirs in (init.parts or {'': ''}).items():
-            below = f'{ours}/' if ours else ''
-            wanted = {
-                path.removeprefix(below): leaf
-                for path, leaf in params.items()
-                if path.startswith(below) and not any(re.fullmatch(pattern, path) for pattern in init.fresh)
-            }
-            if not wanted:
-                raise config.unknown('part', ours, {path.split('/')[0] for path in params}, 'init_from.parts')
-            loaded = _load(folder, theirs, wanted, POSITION.removeprefix(below), init.resize_position)
-            params |= {below + path: leaf for path, leaf in loaded.items()}
-        return trees.like(fresh, params)
-
-    return load
-
-
-def _load(
-    folder: pathlib.Path, part: str, wanted: dict[str, jax.Array], position: str, resize: bool
-) -> dict[str, jax.Array]:
-    """The stored weights of the wanted paths, placed like them; the position embedding resized where it must be."""
-    like = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for path, x in wanted.items()}
-    stored = trees.flat(checkpoints.weight_shapes(folder, part))
-    resized = resize and position in like and position in stored and stored[position].shape != like[position].shape
-    if resized:
-        like[position] = jax.ShapeDtypeStruct(stored[position].shape, wanted[position].dtype)
-    loaded = trees.flat(checkpoints.load_weights(folder, trees.nested(like), part))
-    if resized:
-        side = math.isqrt(wanted[position].shape[1])
-        new = np.asarray(position_resize.bilinear(loaded[position], (side, side)))
-        loaded[position] = jax.device_put(new, wanted[position].sharding)
-    return loaded
 
 
 def _remember(workdir: pathlib.Path, stages: Mapping[str, Stage]) -> None:

@@ -1,0 +1,142 @@
+"""The first weights of a stage that starts from another model's: all or parts of them, the positions resized."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from big_vlm import checkpoints, config
+from big_vlm.checkpoints import trees
+from big_vlm.config import InitFrom, Stage, UserError
+from big_vlm.ops import position_resize
+
+POSITION = 'img/pos_embedding'
+
+
+def check(stage: Stage, shapes: Mapping[str, Any], name: str, where: str) -> None:
+    """Refuses, before anything is trained, weights that are not there or do not fit.
+
+    Args:
+      stage: validated.
+      shapes: stage → its parameters' shapes, of this stage and the earlier ones.
+      name, where: the stage's, and its dotted key.
+
+    Raises:
+      UserError: no such folder, a folder of something else, an unknown part, missing or misshapen parameters, a regex
+        of `fresh` that matches none; text weights from `path` without the tokenizer they were trained with.
+    """
+    init = stage.init_from
+    if not (init.stage or init.path):
+        return
+    params = trees.flat(shapes[name])
+    where = f'{where}.init_from'
+    for pattern in init.fresh:
+        try:
+            matched = any(re.fullmatch(pattern, path) for path in params)
+        except re.error as error:
+            raise UserError(f'{where}.fresh: {pattern!r} is no regular expression: {error}') from None
+        if not matched:
+            raise UserError(
+                f'{where}.fresh: {pattern!r} matches no parameter; it must match a path such as {min(params)}'
+            )
+    folder = _folder(init, {})
+    try:
+        stored = trees.flat(shapes[init.stage] if init.stage else checkpoints.weight_shapes(folder))
+    except UserError as error:
+        raise UserError(f'{where}.path: {error}') from None
+    for ours, theirs, wanted in _parts(init, params, where):
+        found = _below(theirs, stored)
+        if not found:
+            raise config.unknown('part', theirs, _tops(stored), f'{where}.parts')
+        if _resized(init, ours, wanted, found):
+            wanted = {path: leaf for path, leaf in wanted.items() if path != _position(ours)}
+        trees.check_same(wanted, found, f'{where}: {init.stage or init.path}', partial=True)
+        if init.path and not stage.tokenizer.path and ours.split('/')[0] != 'img':
+            raise UserError(
+                f'{where}.path: its text weights belong to its tokenizer: set tokenizer.path '
+                f"(a bundle has it as {folder / 'tokenizer.model'}), or take parts={{'img': 'img'}} alone"
+            )
+
+
+def make(init: InitFrom, bundles: Mapping[str, pathlib.Path], where: str) -> Callable[[Any], Any] | None:
+    """A function from fresh parameters to the first ones, placed alike; None where everything starts fresh.
+
+    Args:
+      init: the section.
+      bundles: of the earlier stages.
+      where: the stage's dotted key, for errors.
+    """
+    if not (init.stage or init.path):
+        return None
+    folder = _folder(init, bundles)
+
+    def load(fresh: Any) -> Any:
+        params = trees.flat(fresh)
+        for ours, theirs, wanted in _parts(init, params, f'{where}.init_from'):
+            params |= {_join(ours, path): leaf for path, leaf in _load(init, folder, ours, theirs, wanted).items()}
+        return trees.like(fresh, params)
+
+    return load
+
+
+def _load(
+    init: InitFrom, folder: pathlib.Path, ours: str, theirs: str, wanted: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """The stored weights of the wanted paths, placed like them."""
+    like = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for path, x in wanted.items()}
+    stored = trees.flat(checkpoints.weight_shapes(folder, theirs))
+    resized, position = _resized(init, ours, wanted, stored), _position(ours)
+    if resized:
+        like[position] = jax.ShapeDtypeStruct(stored[position].shape, wanted[position].dtype)
+    loaded = trees.flat(checkpoints.load_weights(folder, trees.nested(like), theirs))
+    if resized:
+        side = math.isqrt(wanted[position].shape[1])
+        new = np.asarray(position_resize.bilinear(loaded[position], (side, side)))
+        loaded[position] = jax.device_put(new, wanted[position].sharding)
+    return loaded
+
+
+def _parts(init: InitFrom, params: Mapping[str, Any], where: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(our subtree, theirs, {path below ours: leaf} of what is taken)."""
+    for ours, theirs in (init.parts or {'': ''}).items():
+        part = _below(ours, params)
+        if not part:
+            raise config.unknown('part', ours, _tops(params), f'{where}.parts')
+        fresh = {path for path in part if any(re.fullmatch(pattern, _join(ours, path)) for pattern in init.fresh)}
+        yield ours, theirs, {path: leaf for path, leaf in part.items() if path not in fresh}
+
+
+def _resized(init: InitFrom, ours: str, wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
+    position = _position(ours)
+    if not (init.resize_position and position in wanted and position in stored):
+        return False
+    (*_, slots, width), (*_, before, width_before) = wanted[position].shape, stored[position].shape
+    return slots != before and width == width_before
+
+
+def _position(ours: str) -> str:
+    return POSITION.removeprefix(f'{ours}/')
+
+
+def _folder(init: InitFrom, bundles: Mapping[str, pathlib.Path]) -> pathlib.Path:
+    return bundles.get(init.stage, pathlib.Path(init.path).expanduser())
+
+
+def _below(part: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        path.removeprefix(f'{part}/'): leaf for path, leaf in leaves.items() if not part or path.startswith(f'{part}/')
+    }
+
+
+def _join(part: str, path: str) -> str:
+    return f'{part}/{path}' if part else path
+
+
+def _tops(leaves: Mapping[str, Any]) -> set[str]:
+    return {path.split('/')[0] for path in leaves}

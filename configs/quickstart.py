@@ -121,6 +121,7 @@ def base(args: dict, size: int, text: int) -> ConfigDict:
         dict(
             seed=args['seed'],
             contract=dict(image_size=size, text_length=text),
+            tokenizer=dict(vocab_size=512),  # a token per word
             data=dict(sources={}),
             log_every=10 if args['smoke'] else 25,
             checkpoint=dict(every=10 if args['smoke'] else 200),

@@ -1,7 +1,10 @@
 """Eight simulated CPU devices and a persistent compilation cache for every test. Set before jax is imported."""
 
+import fcntl
 import getpass
 import os
+import pathlib
+import sys
 import tempfile
 
 import pytest
@@ -12,6 +15,7 @@ os.environ.setdefault(
     'JAX_COMPILATION_CACHE_DIR', os.path.join(tempfile.gettempdir(), f'big_vlm_jax_cache_{getpass.getuser()}')
 )
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
+sys.path.append(str(pathlib.Path(__file__).parent))  # `micro_config` and `micro_run`
 
 
 @pytest.fixture(scope='session')
@@ -19,9 +23,28 @@ def tiny_digit_scenes(tmp_path_factory) -> str:
     """A data_dir in which `digit_scenes/cells_tiny` and `digit_scenes/free_tiny` (96, 32, 32 scenes) are prepared."""
     from big_vlm.data import sources
 
-    # Shared by the workers of one run: the first to come draws, under the lock of `sources.load`.
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if os.environ.get('PYTEST_XDIST_WORKER') else base) / 'digit_scenes'
+    # The first worker to come draws, under the lock of `sources.load`.
+    folder = _shared(tmp_path_factory) / 'digit_scenes'
     for layout in ('cells_tiny', 'free_tiny'):
         sources.load(f'digit_scenes/{layout}', 'train', str(folder))
     return str(folder)
+
+
+@pytest.fixture(scope='session')
+def micro_run(tmp_path_factory, tiny_digit_scenes) -> pathlib.Path:
+    """The workdir of an uninterrupted run of `micro_config`, not to be changed; `said.txt` holds what it printed."""
+    import micro_run
+
+    workdir = _shared(tmp_path_factory) / 'micro_run'
+    with open(workdir.with_suffix('.lock'), 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (workdir / 'said.txt').is_file():
+            said = micro_run.finish(micro_run.start(tiny_digit_scenes, workdir))
+            (workdir / 'said.txt').write_text(said)
+    return workdir
+
+
+def _shared(tmp_path_factory) -> pathlib.Path:
+    """A folder that all workers of one run share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if os.environ.get('PYTEST_XDIST_WORKER') else base

@@ -1,0 +1,51 @@
+"""`python -m big_vlm.main` on the micro config, as a process of its own with one CPU device."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+CONFIG = 'tests/micro_config.py'
+
+
+def start(data_dir, workdir, *flags):
+    # One device, and code that is compiled fast rather than runs fast.
+    flags_ = '--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0'
+    return subprocess.Popen(
+        [sys.executable, '-m', 'big_vlm.main', f'--config={CONFIG}:{data_dir}', f'--workdir={workdir}', *flags],
+        cwd=ROOT,
+        env={**os.environ, 'XLA_FLAGS': flags_, 'PYTHONUNBUFFERED': '1'},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process, code=0):
+    """What it said, once it ended with `code`."""
+    said, _ = process.communicate(timeout=900)
+    assert process.returncode == code, said
+    return said
+
+
+def wait_for(process, metrics, step):
+    """Until `metrics` has the row of `step`. False if the process ended before."""
+    while process.poll() is None:
+        if metrics.is_file() and len(metrics.read_text().splitlines()) > step:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def losses(metrics):
+    """[(step, loss)], the loss as it was written, so that equal means equal in every bit."""
+    with open(metrics, newline='') as file:
+        return [(int(row['step']), row['loss']) for row in csv.DictReader(file) if row['loss']]
+
+
+def scores(workdir, stage):
+    return json.loads((workdir / stage / 'evals.json').read_text())

@@ -1,0 +1,182 @@
+"""The command line: one line for every mistake, and a run that can be stopped and killed at any moment."""
+
+import os
+import random
+import signal
+
+import micro_run as runs
+import numpy as np
+import pytest
+
+from big_vlm import checkpoints
+from big_vlm.checkpoints import trees
+from big_vlm.main import INTERRUPTED, main
+
+STAGES = ('pretrain', 'multimodal', 'transfer')
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """Runs `main` on the micro config with more flags; returns (exit code, its lines on stderr)."""
+    monkeypatch.chdir(runs.ROOT)
+
+    def call(*flags, config=f'{runs.CONFIG}:{tmp_path}/data', workdir=tmp_path / 'run'):
+        code = main([f'--config={config}', f'--workdir={workdir}', *flags])
+        return code, capsys.readouterr().err.splitlines()
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ('flag', 'named'),
+    [
+        (
+            '--config.pretrain.optimiser.lr=1',
+            ["'optimiser'", "did you mean 'optimizer'", '--config.pretrain.optimiser.lr'],
+        ),
+        ('--config.pretrian.seed=1', ["'pretrian'", 'pretrain']),
+        ('--config.pretrain.optimizer.lr=fast', ['--config.pretrain.optimizer.lr', 'float', "'fast'"]),
+        ('--config.pretrain.optimizer.name=adamv', ["'adamv'", 'config.pretrain.optimizer.name', "'adamw'"]),
+        ('--config.pretrain.data.sources.captions.pipeline=decode | resiz(32)', ["'resiz'", "'resize'", 'captions']),
+        ('--config.pretrain.data.sources.captions.dataset=digit_scense', ["'digit_scense'", "'digit_scenes'"]),
+        ('--config.pretrain.data.sources.captions.split=trial', ["'trial'", "'train'", 'captions']),
+        ('--config.transfer.evals.answer.split=tests', ["'tests'", "'test'", 'config.transfer.evals.answer']),
+        ("--config.transfer.evals.answer.metrics=('exactmatch',)", ["'exactmatch'", "'exact_match'"]),
+        ('--config.pretrain.model.image.variant=mo/16', ["'mo'", "'mu'"]),
+        ('--config.pretrain.total.epochs=2', ['config.pretrain.total', 'steps and epochs', 'keep one']),
+        ('--config.pretrain.batch_size=10', ['batch_size=10', '8', '16']),
+        ('--config.pretrain.mesh.model=3', ['8 devices', 'model=3']),
+        ('--config.pretrain.init_from.path=/nowhere/at/all', ['config.pretrain.init_from.path', '/nowhere/at/all']),
+        ('--config.pretrain.tokenizer.path=/nowhere.model', ['/nowhere.model']),
+        ("--config.stages=('pretrain','transfre')", ["'transfre'", "'transfer'"]),
+        ('--workdri=x', ["'--workdri'", "'--workdir'"]),
+        ('--config.pretrain.seed', ['--config.pretrain.seed', 'VALUE']),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(call, tmp_path, flag, named):
+    code, lines = call(flag)
+    assert code == 2 and len(lines) == 1, lines
+    assert lines[0].startswith('big_vlm: ')
+    for words in named:
+        assert words in lines[0]
+    assert list(tmp_path.iterdir()) == [], 'nothing is written for a wrong config'
+
+
+def test_a_wrong_file(call, tmp_path):
+    for config, named in (
+        ('tests/micro_confg.py', "did you mean 'tests/micro_config.py'"),
+        ('nowhere/a.py', "no file 'nowhere/a.py'"),
+        ('configs/quickstart.py:smok', "did you mean 'smoke'"),
+    ):
+        code, lines = call(config=config)
+        assert code == 2 and len(lines) == 1 and named in lines[0], lines
+    assert main([]) == 2
+
+
+def test_weights_of_something_else(call, tmp_path):
+    """A folder that is no checkpoint, and one of another model."""
+    foreign = tmp_path / 'foreign'
+    foreign.mkdir()
+    code, lines = call(f'--config.pretrain.init_from.path={foreign}')
+    assert code == 2 and len(lines) == 1 and 'is not a bundle' in lines[0] and str(foreign) in lines[0]
+    checkpoints.save_weights(foreign / 'weights', {'img': {'kernel': np.zeros(3)}})
+    flags = [f'--config.pretrain.init_from.path={foreign}', "--config.pretrain.init_from.parts={'img': 'img'}"]
+    code, lines = call(*flags)
+    assert code == 2 and len(lines) == 1 and 'does not fit' in lines[0] and 'config.pretrain.init_from' in lines[0]
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('place', ['file', 'file/below'])
+def test_a_workdir_that_cannot_be(call, tmp_path, place):
+    (tmp_path / 'file').write_text('mine')
+    code, lines = call(workdir=tmp_path / place)
+    assert code == 2 and len(lines) == 1 and f'--workdir={tmp_path / place}' in lines[0], lines
+    assert (tmp_path / 'file').read_text() == 'mine'
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason='root may write anywhere')
+def test_a_workdir_without_permission(call, tmp_path):
+    (tmp_path / 'locked').mkdir(mode=0o500)
+    code, lines = call(workdir=tmp_path / 'locked' / 'run')
+    assert code == 2 and len(lines) == 1 and 'Permission denied' in lines[0]
+
+
+def test_a_foreign_workdir(call, micro_run, tiny_digit_scenes):
+    code, lines = call('--config.pretrain.seed=5', config=f'{runs.CONFIG}:{tiny_digit_scenes}', workdir=micro_run)
+    assert code == 2 and len(lines) == 1 and 'pretrain.seed: 0 → 5' in lines[0] and '--workdir' in lines[0]
+
+
+@pytest.mark.smoke
+def test_check_validates_and_writes_nothing(call, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(runs.ROOT)
+    assert main([f'--config={runs.CONFIG}:{tmp_path}/data', f'--workdir={tmp_path}/run', '--check']) == 0
+    out, err = capsys.readouterr()
+    assert [line.split(':')[0] for line in out.splitlines()] == list(STAGES) and err == ''
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(['--help'])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    for words in (
+        '--config=configs/quickstart.py',
+        '--workdir',
+        '--config.KEY',
+        '--check',
+        'exit code 75',
+        'skips finished',
+    ):
+        assert words in said
+
+
+def assert_same(run, whole, stages=STAGES):
+    for name in stages:
+        assert runs.losses(run / name / 'metrics.csv') == runs.losses(whole / name / 'metrics.csv'), name
+        one, other = (trees.flat(checkpoints.load_weights(w / name / 'bundle')) for w in (run, whole))
+        assert sorted(one) == sorted(other)
+        for path in one:
+            np.testing.assert_array_equal(one[path], other[path], err_msg=f'{name}: {path}')
+        assert runs.scores(run, name) == runs.scores(whole, name)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_is_the_same_run(micro_run, tiny_digit_scenes, tmp_path):
+    """SIGKILL at random moments, before a checkpoint, after it, between two stages: same losses, same weights."""
+    workdir, rng = tmp_path / 'run', random.Random()
+    for stage, step in (
+        ('pretrain', rng.randint(1, 3)),
+        ('pretrain', rng.randint(4, 6)),
+        ('multimodal', rng.randint(1, 6)),
+    ):
+        process = runs.start(tiny_digit_scenes, workdir)
+        reached = runs.wait_for(process, workdir / stage / 'metrics.csv', step)
+        assert reached, process.communicate()[0]
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    runs.finish(runs.start(tiny_digit_scenes, workdir))
+    assert_same(workdir, micro_run)
+
+
+@pytest.mark.slow
+def test_asked_to_stop_it_saves_and_goes_on(micro_run, tiny_digit_scenes, tmp_path):
+    workdir = tmp_path / 'run'
+    flags = [
+        "--config.stages=('pretrain',)",
+        '--config.pretrain.total.steps=2000',
+        '--config.pretrain.checkpoint.every=5000',
+    ]
+    process = runs.start(tiny_digit_scenes, workdir, *flags)
+    assert runs.wait_for(process, workdir / 'pretrain' / 'metrics.csv', 3)
+    process.send_signal(signal.SIGTERM)
+    said = runs.finish(process, INTERRUPTED)
+    last = runs.losses(workdir / 'pretrain' / 'metrics.csv')[-1][0]
+    assert f'big_vlm: stopped and saved at step {last};' in said
+    before = runs.losses(workdir / 'pretrain' / 'metrics.csv')
+    process = runs.start(tiny_digit_scenes, workdir, *flags)
+    assert runs.wait_for(process, workdir / 'pretrain' / 'metrics.csv', last + 3)
+    process.kill()
+    process.communicate()
+    after = runs.losses(workdir / 'pretrain' / 'metrics.csv')
+    assert after[:last] == before and after[last][0] == last + 1

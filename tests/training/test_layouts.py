@@ -1,0 +1,92 @@
+"""One device or eight, split by data, fsdp or model: the same stage, run as the main job runs it, loses the same."""
+
+import functools
+
+import jax
+import micro_config
+import micro_run as runs
+import numpy as np
+import pytest
+
+from big_vlm import config
+from big_vlm.sharding import mesh as meshes
+from big_vlm.sharding import rules
+from big_vlm.tasks import make
+from big_vlm.training import stages
+from big_vlm.training import step as steps
+
+STEPS = 20
+LAYOUTS = {'data': (8, 1, 1), 'fsdp': (1, 8, 1), 'mixed': (2, 2, 2)}
+SLOW = pytest.mark.slow
+# Wide enough that weights pass the size below which fsdp leaves them whole.
+WIDE = dict(width=64, mlp_dim=512, depth=2, num_heads=4)
+
+
+def stage(kind, data_dir):
+    raw = micro_config.get_config(data_dir)[kind.split('-')[0]]
+    model = raw['model']
+    model['image'] = model['image'] | WIDE
+    if 'text' in model:
+        model['text'] = model['text'] | WIDE
+        model['loss_form'] = kind.split('-')[1]
+    else:
+        model['decoder'] = model['decoder'] | WIDE | dict(head_dim=16)
+    raw |= dict(total=dict(steps=STEPS), batch_size=16, evals={}, init_from={}, checkpoint=dict(every=100))
+    return config.validate(raw)['train']
+
+
+@pytest.fixture(scope='module')
+def losses(tiny_digit_scenes, tmp_path_factory):
+    """(kind, layout) → the losses of its steps; each is run once."""
+    folder = tmp_path_factory.mktemp('layouts')
+    stage_ = functools.partial(stage, data_dir=tiny_digit_scenes)
+    both = {kind: stage_(kind) for kind in ('pretrain-dense', 'multimodal')}
+    tokenizer = stages._tokenizers(folder, both)['multimodal']
+
+    @functools.cache
+    def run(kind, layout):
+        sizes = (1, 1, 1) if layout == 'one' else LAYOUTS[layout]
+        mesh = meshes.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+        place = folder / f'{kind}_{layout}'
+        stages.run_stage(kind, stage_(kind), place, tokenizer, {}, mesh=mesh)
+        steps_, values = zip(*runs.losses(place / 'metrics.csv'), strict=True)
+        assert steps_ == tuple(range(1, STEPS + 1))
+        return np.array(values, np.float64)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ('kind', 'layout'),
+    [
+        pytest.param('pretrain-dense', 'data', marks=SLOW),
+        pytest.param('pretrain-dense', 'fsdp', marks=SLOW),
+        pytest.param('pretrain-dense', 'mixed', marks=SLOW),
+        pytest.param('pretrain-ring', 'data', marks=SLOW),
+        pytest.param('pretrain-ring', 'fsdp', marks=SLOW),
+        'pretrain-ring mixed'.split(),
+        pytest.param('multimodal', 'data', marks=SLOW),
+        pytest.param('multimodal', 'fsdp', marks=SLOW),
+        'multimodal mixed'.split(),
+    ],
+)
+def test_eight_devices_lose_what_one_does(losses, kind, layout):
+    one = losses(kind.replace('ring', 'dense'), 'one')
+    assert one[-3:].mean() < 0.9 * one[:3].mean(), 'it should learn, or the comparison says little'
+    np.testing.assert_allclose(losses(kind, layout), one, rtol=1e-4)
+
+
+@pytest.mark.parametrize('kind', ['pretrain-dense', 'multimodal'])
+def test_these_layouts_really_split_weights(kind, tmp_path):
+    """Otherwise the losses above would agree for the wrong reason."""
+    made = stage(kind, str(tmp_path))
+    contract = stages._draft_contract(made, 1536)
+    for layout, axes in (('fsdp', {'fsdp'}), ('mixed', {'fsdp', 'model'})):
+        mesh = meshes.make_mesh(*LAYOUTS[layout])
+        shapes = steps.param_shapes(make(made, contract, mesh))
+        shardings = jax.tree.leaves(rules.param_shardings(shapes, mesh))
+        used = {axis for sharding in shardings for axis in sharding.spec if axis}
+        assert used == axes
+        sizes = [leaf.size for leaf in jax.tree.leaves(shapes)]
+        split = sum(n for n, s in zip(sizes, shardings, strict=True) if 'fsdp' in s.spec)
+        assert split > sum(sizes) / 3

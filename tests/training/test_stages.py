@@ -1,0 +1,259 @@
+"""The stages of a run, in miniature: what each leaves behind, what the next takes over, and what is refused."""
+
+import json
+import shutil
+
+import jax
+import micro_config
+import micro_run as runs
+import numpy as np
+import pytest
+from PIL import Image
+
+import big_vlm
+from big_vlm import checkpoints, config
+from big_vlm.checkpoints import trees
+from big_vlm.config import UserError
+from big_vlm.ops import position_resize
+from big_vlm.reports.writers import read_csv
+from big_vlm.training import initial_weights, stages
+from big_vlm.training import step as steps
+
+STAGES = ('pretrain', 'multimodal', 'transfer')
+
+
+def make(data_dir, **changes):
+    """The micro config, validated; `changes`: 'multimodal.init_from.fresh' → value, with '__' for the dots."""
+    raw = micro_config.get_config(data_dir)
+    for key, value in changes.items():
+        *path, last = key.split('__')
+        section = raw
+        for name in path:
+            section = section.setdefault(name, {})
+        section[last] = value
+    return config.validate(raw)
+
+
+def weights(folder, part=''):
+    return trees.flat(checkpoints.load_weights(folder, part=part))
+
+
+@pytest.mark.smoke
+def test_every_stage_leaves_a_bundle_and_its_numbers(micro_run):
+    assert {p.name for p in micro_run.iterdir()} == {
+        *STAGES,
+        'config.json',
+        'tokenizer.model',
+        'report.html',
+        'said.txt',
+    }
+    for name, total in zip(STAGES, (6, 6, 4), strict=True):
+        folder = micro_run / name
+        table = read_csv(folder / 'metrics.csv')
+        assert [step for step, _ in table['loss']] == list(range(1, total + 1))
+        assert [p.name for p in (folder / 'checkpoints').iterdir()] == [str(total)]
+        bundled, saved = weights(folder / 'bundle'), weights(folder / 'checkpoints')
+        assert sorted(bundled) == sorted(saved)
+        for path in saved:
+            np.testing.assert_array_equal(bundled[path], saved[path], err_msg=path)
+        assert json.loads((folder / 'bundle' / 'bundle.json').read_text())['scores'] == runs.scores(micro_run, name)
+    said = (micro_run / 'said.txt').read_text()
+    assert 'Traceback' not in said and 'arning' not in said
+    assert f'report: {micro_run}/report.html' in said
+
+
+@pytest.mark.smoke
+def test_the_last_bundle_answers(micro_run):
+    model = big_vlm.load(micro_run / 'transfer' / 'bundle')
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8))
+    [answer] = model.generate(image, 'what is in the center ?', max_new_tokens=3)
+    assert 1 <= len(answer.ids) <= 3
+    [other] = model.generate(image, 'what is in the center ?', max_new_tokens=3)
+    assert answer == other
+
+
+def test_scores_stand_beside_their_chance(micro_run):
+    color = runs.scores(micro_run, 'pretrain')['color']
+    assert color['accuracy']['chance'] == 1 / 8
+    assert color['accuracy']['n'] == color['accuracy/held_out=False']['n'] + color['accuracy/held_out=True']['n']
+    retrieval = runs.scores(micro_run, 'pretrain')['retrieval']
+    assert retrieval['image_to_text/R@1']['n'] == 16
+    assert retrieval['image_to_text/R@1']['chance'] == pytest.approx(1 / 16)
+    # Written into the metrics at its turns: half way, and at the end.
+    table = read_csv(micro_run / 'transfer' / 'metrics.csv')
+    assert [step for step, _ in table['answer/exact_match']] == [2, 4]
+    assert table['answer/exact_match'][-1][1] == runs.scores(micro_run, 'transfer')['answer']['exact_match']['score']
+
+
+def test_predictions_tell_every_question_and_answer(micro_run):
+    lines = (micro_run / 'multimodal' / 'predictions_answer.jsonl').read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == 32 == len({row['id'] for row in rows})
+    score = runs.scores(micro_run, 'multimodal')['answer']['exact_match']
+    assert np.mean([row['score']['exact_match'] for row in rows]) == score['score'] and score['n'] == 32
+    assert all(row['prompt'] and row['truth'] and row['kind'] for row in rows)
+
+
+def test_the_report_shows_the_scores(micro_run):
+    page = (micro_run / 'report.html').read_text()
+    for name in STAGES:
+        for evaluation, result in runs.scores(micro_run, name).items():
+            assert f'{name}: {evaluation}' in page
+            first = next(iter(result.values()))
+            assert f'{100 * first["score"]:.1f}' in page or f'{first["score"]:.3f}' in page
+    assert page.count('<svg') + page.count('<img') > 5
+
+
+def test_a_stage_starts_from_the_earlier_ones_weights(micro_run, tiny_digit_scenes):
+    """The image tower comes over bit for bit, its head and the decoder start fresh."""
+    stage = make(tiny_digit_scenes)['multimodal']
+    shapes = checkpoints.weight_shapes(micro_run / 'multimodal' / 'bundle')
+    fresh = jax.tree.map(lambda x: jax.device_put(np.full(x.shape, 7, x.dtype)), shapes)
+    load = initial_weights.make(stage.init_from, {'pretrain': micro_run / 'pretrain' / 'bundle'}, 'config.multimodal')
+    first, stored = trees.flat(load(fresh)), weights(micro_run / 'pretrain' / 'bundle')
+    taken = [path for path in first if path.startswith('img/') and not path.startswith('img/head/')]
+    assert len(taken) > 10
+    for path in first:
+        np.testing.assert_array_equal(first[path], stored[path] if path in taken else 7, err_msg=path)
+
+
+def test_the_position_embedding_is_resized_to_another_resolution(micro_run, tiny_digit_scenes):
+    """32 px are 2 × 2 patches, 64 px are 4 × 4. Everything else is as it was."""
+    stage = make(tiny_digit_scenes)['transfer']
+    shapes = checkpoints.weight_shapes(micro_run / 'transfer' / 'bundle')
+    fresh = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype)), shapes)
+    load = initial_weights.make(stage.init_from, {'multimodal': micro_run / 'multimodal' / 'bundle'}, 'config.transfer')
+    first, stored = trees.flat(load(fresh)), weights(micro_run / 'multimodal' / 'bundle')
+    for path, value in first.items():
+        if path == 'img/pos_embedding':
+            assert stored[path].shape == (1, 4, 16) and value.shape == (1, 16, 16)
+            np.testing.assert_array_equal(value, position_resize.bilinear(stored[path], (4, 4)))
+            corners = np.asarray(value).reshape(4, 4, 16)[::3, ::3].reshape(4, 16)
+            np.testing.assert_allclose(corners, stored[path][0], rtol=1e-6)
+        else:
+            np.testing.assert_array_equal(value, stored[path], err_msg=path)
+
+
+@pytest.fixture
+def copy(micro_run, tmp_path):
+    """The finished run, to be changed."""
+    return shutil.copytree(micro_run, tmp_path / 'run')
+
+
+def test_finished_stages_are_skipped(copy, tiny_digit_scenes, capsys, monkeypatch):
+    monkeypatch.setattr(stages, 'run_stage', lambda *_, **__: pytest.fail('trains again'))
+    before = {p: p.stat().st_mtime_ns for p in copy.rglob('*') if p.is_file() and p.name != 'config.json'}
+    bundles = stages.run(make(tiny_digit_scenes), copy)
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert bundles == {name: copy / name / 'bundle' for name in STAGES}
+    assert capsys.readouterr().out.count('finished already') == 3
+
+
+def test_a_workdir_of_another_config_is_refused(copy, tiny_digit_scenes):
+    before = (copy / 'config.json').read_text()
+    changed = make(tiny_digit_scenes, pretrain__optimizer__lr=0.5, transfer__seed=3)
+    with pytest.raises(UserError, match=r'pretrain\.optimizer\.lr: 0\.003 → 0\.5; transfer\.seed: 0 → 3.*--workdir'):
+        stages.run(changed, copy)
+    assert (copy / 'config.json').read_text() == before
+    (copy / 'config.json').write_text('{"pretrain": ')
+    with pytest.raises(UserError, match=r'config\.json: damaged'):
+        stages.run(make(tiny_digit_scenes), copy)
+
+
+def test_where_it_runs_and_what_it_logs_may_change(copy, tiny_digit_scenes, monkeypatch):
+    monkeypatch.setattr(stages, 'run_stage', lambda *_, **__: pytest.fail('trains again'))
+    changed = make(tiny_digit_scenes, pretrain__mesh={'fsdp': 2}, transfer__log_every=2, pretrain__data__threads=1)
+    stages.run(changed, copy)
+    assert json.loads((copy / 'config.json').read_text())['pretrain']['mesh']['fsdp'] == 2
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'pretrain__batch_size': 12}, r'config\.pretrain: batch_size=12 does not divide over the 8 .*use 8 or 16'),
+        ({'pretrain__mesh': {'fsdp': 3}}, r'config\.pretrain: mesh: 8 devices cannot be divided by fsdp=3'),
+        ({'pretrain__model__image__variant': 'b/16'}, r"config\.pretrain: unknown .*variant 'b'.*'B'"),
+        ({'pretrain__model__image__num_heads': 3}, r'config\.pretrain: .*16.*3'),
+        (
+            {'pretrain__optimizer__name': 'adamww'},
+            r"'adamww' \(config\.pretrain\.optimizer\.name\): did you mean 'adamw'",
+        ),
+        ({'pretrain__optimizer__warmup': {'steps': 7}}, r'config\.pretrain\.optimizer.*7 steps is longer than .* 6'),
+        ({'pretrain__evals__color__split': 'tets'}, r"config\.pretrain\.evals\.color: unknown split 'tets'.*'test'"),
+        ({'transfer__data__sources__ask__split': 'trian[:10]'}, r"transfer\.data\.sources\.ask: unknown split 'trian'"),
+        ({'transfer__data__sources__ask__dataset': 'digit_scene'}, r"sources\.ask: unknown dataset.*'digit_scenes'"),
+        ({'transfer__data__sources__ask__dataset': 'digit_scenes/cell'}, r"unknown config 'cell'.*'cells'"),
+        ({'pretrain__evals__color__kind': 'generation'}, r'evals\.color\.kind: generation needs a generative task'),
+        ({'transfer__evals__answer__metrics': ('exact',)}, r"unknown metric 'exact'.*'exact_match'"),
+        ({'multimodal__init_from__fresh': ('img/hed/.*',)}, r"multimodal\.init_from\.fresh: 'img/hed/\.\*' matches no"),
+        ({'multimodal__init_from__fresh': ('img/(',)}, r"init_from\.fresh: 'img/\(' is no regular expression"),
+        ({'multimodal__init_from__parts': {'im': 'img'}}, r"unknown part 'im' .*multimodal\.init_from\.parts.*'img'"),
+        ({'multimodal__init_from__parts': {'img': 'image'}}, r"unknown part 'image' .*did you mean 'img'"),
+        ({'multimodal__init_from__fresh': ()}, r'multimodal\.init_from: pretrain does not fit.*img/head|img/head|head'),
+        ({'transfer__init_from__resize_position': False}, r'pos_embedding has shape \(1, 4, 16\), not \(1, 16, 16\)'),
+        ({'transfer__model__decoder__width': 32}, r'config\.transfer\.init_from: multimodal does not fit'),
+        (
+            {'pretrain__init_from': {'path': '/nowhere/bundle'}},
+            r'config\.pretrain\.init_from\.path: no folder /nowhere',
+        ),
+    ],
+)
+def test_refused_before_anything_is_read(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        stages.check(make(str(tmp_path), **changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_text_weights_come_with_their_tokenizer(micro_run, tiny_digit_scenes):
+    bundle = micro_run / 'pretrain' / 'bundle'
+    raw = {'task': 'contrastive', **micro_config.pretrain(tiny_digit_scenes), 'init_from': {'path': str(bundle)}}
+    with pytest.raises(
+        UserError, match=r'text weights belong to its tokenizer: set tokenizer\.path .*tokenizer\.model'
+    ):
+        stages.check(config.validate(raw))
+    stages.check(config.validate(raw | {'tokenizer': {'path': str(bundle / 'tokenizer.model')}}))
+
+
+def test_a_long_warmup_of_a_long_run_is_valid(tmp_path):
+    stages.check(
+        {
+            'train': make(str(tmp_path), pretrain__total={'steps': 5000}, pretrain__optimizer__warmup={'steps': 900})[
+                'pretrain'
+            ]
+        }
+    )
+    epochs = make(str(tmp_path), pretrain__total={'epochs': 3.0}, pretrain__optimizer__warmup={'percent': 10.0})
+    stages.check({'train': epochs['pretrain']})
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'label': 'colour'}, r"config\.train\.evals\.color: .*needs field 'colour'"),
+        ({'slices': ('holdout',)}, r"evals\.color: .*needs field 'holdout'"),
+        ({'pipeline': 'decode | resize(48)'}, r'evals\.color: .*resize\(48\), but contract\.image_size is 32'),
+        ({'where': {'num_digit': 1}}, r"evals\.color: unknown field 'num_digit'.*'num_digits'"),
+        ({'where': {'num_digits': 9}}, r'evals\.color: no record of .* relax'),
+    ],
+)
+def test_an_evaluation_that_cannot_run_is_found_before_training(
+    changes, message, micro_run, tiny_digit_scenes, tmp_path
+):
+    stage = make(tiny_digit_scenes, **{f'pretrain__evals__color__{key}': value for key, value in changes.items()})
+    from big_vlm.data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(micro_run / 'tokenizer.model')
+    with pytest.raises(UserError, match=message):
+        stages.run_stage('train', stage['pretrain'], tmp_path / 'train', tokenizer, {}, where='config.train')
+    assert list((tmp_path / 'train').iterdir()) == []
+
+
+def test_the_draft_knows_every_parameter(micro_run, tiny_digit_scenes):
+    """What `check` reasons about before there is a tokenizer is what is then trained."""
+    made = make(tiny_digit_scenes)
+    sizes = stages._vocab_sizes(made)
+    for name, stage in made.items():
+        contract = stages._draft_contract(stage, sizes[name])
+        drawn = trees.flat(steps.param_shapes(stages.tasks.make(stage, contract)))
+        stored = trees.flat(checkpoints.weight_shapes(micro_run / name / 'bundle'))
+        assert {k: v.shape for k, v in drawn.items()} == {k: v.shape for k, v in stored.items()}

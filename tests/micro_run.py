@@ -14,11 +14,15 @@ CONFIG = 'tests/micro_config.py'
 
 def start(data_dir, workdir, *flags):
     # One device, and code that is compiled fast rather than runs fast.
-    flags_ = '--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0'
+    compiler = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
     return subprocess.Popen(
         [sys.executable, '-m', 'big_vlm.main', f'--config={CONFIG}:{data_dir}', f'--workdir={workdir}', *flags],
         cwd=ROOT,
-        env={**os.environ, 'XLA_FLAGS': flags_, 'PYTHONUNBUFFERED': '1'},
+        env={
+            **os.environ,
+            'XLA_FLAGS': f'--xla_force_host_platform_device_count=1 {compiler}',
+            'PYTHONUNBUFFERED': '1',
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

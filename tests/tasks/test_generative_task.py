@@ -90,7 +90,7 @@ def test_loss_is_the_answers_cross_entropy():
 
 
 def test_only_answers_carry_loss():
-    """Other prompts as targets change nothing, other answers do. (A prompt goes in as input, too: the logits are kept.)"""
+    """Other prompts as targets change nothing, other answers do. (A prompt is input, too: the logits are kept.)"""
     task, original = make(), batch()
     logits, targets, mask = jax.jit(task._supervised, static_argnums=2)(params(), original, None)
     prompt = (original['segment'] > 0) & (original['mask_loss'] == 0) & (original['text'] >= 0)

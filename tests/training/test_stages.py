@@ -1,5 +1,6 @@
 """The stages of a run, in miniature: what each leaves behind, what the next takes over, and what is refused."""
 
+import copy
 import json
 import shutil
 
@@ -24,7 +25,7 @@ STAGES = ('pretrain', 'multimodal', 'transfer')
 
 def make(data_dir, **changes):
     """The micro config, validated; `changes`: 'multimodal.init_from.fresh' → value, with '__' for the dots."""
-    raw = micro_config.get_config(data_dir)
+    raw = copy.deepcopy(micro_config.get_config(data_dir))
     for key, value in changes.items():
         *path, last = key.split('__')
         section = raw
@@ -135,36 +136,36 @@ def test_the_position_embedding_is_resized_to_another_resolution(micro_run, tiny
 
 
 @pytest.fixture
-def copy(micro_run, tmp_path):
+def another(micro_run, tmp_path):
     """The finished run, to be changed."""
     return shutil.copytree(micro_run, tmp_path / 'run')
 
 
-def test_finished_stages_are_skipped(copy, tiny_digit_scenes, capsys, monkeypatch):
+def test_finished_stages_are_skipped(another, tiny_digit_scenes, capsys, monkeypatch):
     monkeypatch.setattr(stages, 'run_stage', lambda *_, **__: pytest.fail('trains again'))
-    before = {p: p.stat().st_mtime_ns for p in copy.rglob('*') if p.is_file() and p.name != 'config.json'}
-    bundles = stages.run(make(tiny_digit_scenes), copy)
+    before = {p: p.stat().st_mtime_ns for p in another.rglob('*') if p.is_file() and p.name != 'config.json'}
+    bundles = stages.run(make(tiny_digit_scenes), another)
     assert {p: p.stat().st_mtime_ns for p in before} == before
-    assert bundles == {name: copy / name / 'bundle' for name in STAGES}
+    assert bundles == {name: another / name / 'bundle' for name in STAGES}
     assert capsys.readouterr().out.count('finished already') == 3
 
 
-def test_a_workdir_of_another_config_is_refused(copy, tiny_digit_scenes):
-    before = (copy / 'config.json').read_text()
+def test_a_workdir_of_another_config_is_refused(another, tiny_digit_scenes):
+    before = (another / 'config.json').read_text()
     changed = make(tiny_digit_scenes, pretrain__optimizer__lr=0.5, transfer__seed=3)
     with pytest.raises(UserError, match=r'pretrain\.optimizer\.lr: 0\.003 → 0\.5; transfer\.seed: 0 → 3.*--workdir'):
-        stages.run(changed, copy)
-    assert (copy / 'config.json').read_text() == before
-    (copy / 'config.json').write_text('{"pretrain": ')
+        stages.run(changed, another)
+    assert (another / 'config.json').read_text() == before
+    (another / 'config.json').write_text('{"pretrain": ')
     with pytest.raises(UserError, match=r'config\.json: damaged'):
-        stages.run(make(tiny_digit_scenes), copy)
+        stages.run(make(tiny_digit_scenes), another)
 
 
-def test_where_it_runs_and_what_it_logs_may_change(copy, tiny_digit_scenes, monkeypatch):
+def test_where_it_runs_and_what_it_logs_may_change(another, tiny_digit_scenes, monkeypatch):
     monkeypatch.setattr(stages, 'run_stage', lambda *_, **__: pytest.fail('trains again'))
     changed = make(tiny_digit_scenes, pretrain__mesh={'fsdp': 2}, transfer__log_every=2, pretrain__data__threads=1)
-    stages.run(changed, copy)
-    assert json.loads((copy / 'config.json').read_text())['pretrain']['mesh']['fsdp'] == 2
+    stages.run(changed, another)
+    assert json.loads((another / 'config.json').read_text())['pretrain']['mesh']['fsdp'] == 2
 
 
 @pytest.mark.parametrize(

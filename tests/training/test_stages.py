@@ -173,7 +173,7 @@ def test_where_it_runs_and_what_it_logs_may_change(another, tiny_digit_scenes, m
     [
         ({'pretrain__batch_size': 12}, r'config\.pretrain: batch_size=12 does not divide over the 8 .*use 8 or 16'),
         ({'pretrain__mesh': {'fsdp': 3}}, r'config\.pretrain: mesh: 8 devices cannot be divided by fsdp=3'),
-        ({'pretrain__model__image__variant': 'b/16'}, r"config\.pretrain: unknown .*variant 'b'.*'B'"),
+        ({'pretrain__model__image__variant': 'b/16'}, r"config\.pretrain: unknown ViT variant 'b': valid: B, "),
         ({'pretrain__model__image__num_heads': 3}, r'config\.pretrain: .*16.*3'),
         (
             {'pretrain__optimizer__name': 'adamww'},
@@ -181,7 +181,10 @@ def test_where_it_runs_and_what_it_logs_may_change(another, tiny_digit_scenes, m
         ),
         ({'pretrain__optimizer__warmup': {'steps': 7}}, r'config\.pretrain\.optimizer.*7 steps is longer than .* 6'),
         ({'pretrain__evals__color__split': 'tets'}, r"config\.pretrain\.evals\.color: unknown split 'tets'.*'test'"),
-        ({'transfer__data__sources__ask__split': 'trian[:10]'}, r"transfer\.data\.sources\.ask: unknown split 'trian'"),
+        (
+            {'transfer__data__sources__ask__split': 'trian[:10]'},
+            r"transfer\.data\.sources\.ask: unknown split 'trian\[:10\]'.*'train'",
+        ),
         ({'transfer__data__sources__ask__dataset': 'digit_scene'}, r"sources\.ask: unknown dataset.*'digit_scenes'"),
         ({'transfer__data__sources__ask__dataset': 'digit_scenes/cell'}, r"unknown config 'cell'.*'cells'"),
         ({'pretrain__evals__color__kind': 'generation'}, r'evals\.color\.kind: generation needs a generative task'),

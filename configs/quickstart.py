@@ -35,7 +35,7 @@ def pretrain(args: dict) -> ConfigDict:
     size, text = 48, 20
     stage = base(args, size, text)
     stage.task = 'contrastive'
-    stage.total = dict(steps=20 if args['smoke'] else 900)
+    stage.total = dict(steps=20 if args['smoke'] else 700)
     stage.batch_size = 64
     stage.model = dict(
         image=image_tower(),
@@ -73,18 +73,18 @@ def pretrain(args: dict) -> ConfigDict:
 
 def multimodal(args: dict) -> ConfigDict:
     """The whole of a PaliGemma on a mixture: captions, questions, boxes, reading."""
-    size, text = 48, 24
+    size, text = 48, 20
     stage = base(args, size, text)
     stage.task = 'generative'
-    stage.total = dict(steps=20 if args['smoke'] else 1400)
+    stage.total = dict(steps=20 if args['smoke'] else 1100)
     stage.batch_size = 48
     stage.model = dict(image=image_tower(), decoder=decoder())
     stage.init_from = dict(stage='pretrain', parts={'img': 'img'}, fresh=('img/head/.*',))
     stage.data.sources = dict(
         caption=source(args, train_pipeline(size, CAPTION), weight=1.0),
-        question=source(args, train_pipeline(size, 'question'), weight=3.0),
+        question=source(args, train_pipeline(size, 'question'), weight=2.0),
         detect=source(args, train_pipeline(size, 'detect'), weight=1.0),
-        read=source(args, train_pipeline(size, READ), weight=1.0),
+        read=source(args, train_pipeline(size, READ), weight=1.5),
     )
     stage.optimizer = adamw(1.5e-3)
     one = dict(num_digits=1)
@@ -99,10 +99,10 @@ def multimodal(args: dict) -> ConfigDict:
 
 def transfer(args: dict) -> ConfigDict:
     """One task, answering questions, at twice the resolution: the position embedding is resized on the way in."""
-    size, text = 96, 24
+    size, text = 96, 20
     stage = base(args, size, text)
     stage.task = 'generative'
-    stage.total = dict(steps=20 if args['smoke'] else 300)
+    stage.total = dict(steps=20 if args['smoke'] else 150)
     stage.batch_size = 32
     stage.model = dict(image=image_tower(), decoder=decoder())
     stage.init_from = dict(stage='multimodal')
@@ -134,7 +134,7 @@ def image_tower() -> dict:
 
 
 def decoder() -> dict:
-    return dict(variant='gemma_2b', width=128, depth=3, mlp_dim=384, num_heads=4, num_kv_heads=1, head_dim=32)
+    return dict(variant='gemma_2b', width=128, depth=3, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=32)
 
 
 def adamw(lr: float) -> dict:

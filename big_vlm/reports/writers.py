@@ -148,9 +148,9 @@ class TensorBoardWriter:
 class ProgressWriter:
     """How far a run is and when it will end.
 
-    On a terminal one bar that redraws itself; elsewhere (a log file, a batch system) one short line per call. The time
-    left comes from the steps of this process alone, and from the first `write` on, so that neither the steps before a
-    restart nor the compilation of the first step distort it.
+    On a terminal one bar that redraws itself; elsewhere (a log file, a batch system) one short line per call that has
+    something to show. The time left comes from the steps of this process alone, and from the first `write` on, so that
+    neither the steps before a restart nor the compilation of the first step distort it.
 
     Args:
       total_steps: where the run ends.
@@ -179,6 +179,8 @@ class ProgressWriter:
         if self._anchor is None:
             self._anchor = (step, now)
         shown = [f'{name} {values[name]:.4g}' for name in self.show if name in values]
+        if self.show and not shown:  # An evaluation's numbers: whoever made them prints them.
+            return
         shown.append(f'{self._remaining(step, now)} left')
         if not self._stream.isatty():
             share = 100 * step / max(self.total_steps, 1)

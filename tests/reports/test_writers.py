@@ -108,6 +108,7 @@ def test_progress_off_a_terminal_is_one_short_line_per_call():
     writer.write(100, {'loss': 2.34567, 'lr': 1.0})
     clock.now += 50
     writer.write(150, {'loss': 1.0, 'acc': 0.5})
+    writer.write(150, {'retrieval/R@1': 0.5})  # Printed by the evaluation itself.
     writer.close()
     assert stream.getvalue().splitlines() == [
         'pretrain 100/400 (25%)  loss 2.346  ? left',

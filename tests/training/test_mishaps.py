@@ -1,15 +1,17 @@
-"""A picture that cannot be read: replaced and counted in training, named in evaluation."""
+"""What goes wrong on the way: a run that breaks off, a picture that cannot be read."""
 
 import logging
 
 import jax
 import micro_config
+import micro_run as runs
 import numpy as np
 import pytest
 
-from big_vlm import config
+from big_vlm import checkpoints, config
+from big_vlm.checkpoints import trees
 from big_vlm.config import UserError
-from big_vlm.data import sources
+from big_vlm.data import loader, sources
 from big_vlm.reports.writers import read_csv
 from big_vlm.sharding import mesh as meshes
 from big_vlm.training import stages
@@ -41,12 +43,34 @@ def damaged(monkeypatch):
 
 
 def train(data_dir, workdir, **changes):
+    workdir.mkdir(exist_ok=True)
     raw = micro_config.pretrain(data_dir, steps=12) | {'evals': {}} | changes
     made = config.validate(raw)
     tokenizer = stages._tokenizers(workdir, made)['train']
     mesh = meshes.make_mesh(devices=jax.devices()[:1])
     stages.run_stage('train', made['train'], workdir / 'train', tokenizer, {}, mesh=mesh)
     return read_csv(workdir / 'train' / 'metrics.csv')
+
+
+@pytest.mark.smoke
+def test_a_run_that_breaks_off_goes_on_bit_for_bit(tiny_digit_scenes, tmp_path, monkeypatch):
+    """In process; `test_main` does it with SIGKILL. The fifth and the eighth batch break it; every third is saved."""
+    whole, broken = tmp_path / 'whole', tmp_path / 'broken'
+    train(tiny_digit_scenes, whole)
+    draw = loader.Batches.__next__
+    for last in (5, 3):
+        left = iter(range(last))
+        monkeypatch.setattr(loader.Batches, '__next__', lambda self, left=left: (next(left), draw(self))[1])
+        with pytest.raises(UserError, match='ended before step'):
+            train(tiny_digit_scenes, broken)
+    monkeypatch.setattr(loader.Batches, '__next__', draw)
+    train(tiny_digit_scenes, broken)
+    losses = [runs.losses(workdir / 'train' / 'metrics.csv') for workdir in (whole, broken)]
+    assert losses[0] == losses[1] and len(losses[0]) == 12
+    one, other = (trees.flat(checkpoints.load_weights(w / 'train' / 'bundle')) for w in (whole, broken))
+    assert sorted(one) == sorted(other)
+    for path in one:
+        np.testing.assert_array_equal(one[path], other[path], err_msg=path)
 
 
 def test_training_replaces_and_counts_it(damaged, tiny_digit_scenes, tmp_path, caplog):

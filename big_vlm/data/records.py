@@ -43,8 +43,7 @@ def _infos(info: Any) -> list:
 
 def _fill(plan: Mapping, fields: Mapping) -> dict:
     return {
-        key: _fill(step, fields) if isinstance(step, dict) else step[1](fields[step[0]])
-        for key, step in plan.items()
+        key: _fill(step, fields) if isinstance(step, dict) else step[1](fields[step[0]]) for key, step in plan.items()
     }
 
 

@@ -8,6 +8,8 @@ import pytest
 
 from big_vlm import config as c
 
+pytestmark = pytest.mark.smoke
+
 STAGE = {
     'task': 'contrastive',
     'total': {'steps': 10},

@@ -19,11 +19,7 @@ def pixels(png: bytes) -> np.ndarray:
 
 @pytest.fixture(scope='module')
 def scenes() -> dict:
-    return {
-        (layout, split): [Scenes(layout, split)[i] for i in range(80)]
-        for layout in LAYOUTS
-        for split in SPLITS
-    }
+    return {(layout, split): [Scenes(layout, split)[i] for i in range(80)] for layout in LAYOUTS for split in SPLITS}
 
 
 @pytest.fixture(scope='module')

@@ -13,6 +13,8 @@ from big_vlm.data import images, loader, sources, transforms
 from big_vlm.data.contract import Contract
 from big_vlm.data.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.smoke
+
 CAPTIONS = "decode | resize(32) | prefix('caption en') | suffix('{caption}') | tokenize"
 QUESTIONS = 'decode | resize(32) | question | tokenize'
 
@@ -325,10 +327,12 @@ def test_any_dataset_prepared_as_array_record(tmp_path, tokenizer, contract):
         VERSION = tfds.core.Version('1.0.0')
 
         def _info(self):
-            features = tfds.features.FeaturesDict({
-                'image': tfds.features.Image(shape=(None, None, 3)),
-                'title': tfds.features.Text(),
-            })
+            features = tfds.features.FeaturesDict(
+                {
+                    'image': tfds.features.Image(shape=(None, None, 3)),
+                    'title': tfds.features.Text(),
+                }
+            )
             return self.dataset_info_from_configs(features=features)
 
         def _split_generators(self, dl_manager):

@@ -38,22 +38,26 @@ def test_the_fast_reader_agrees_with_tfds(tiny_digit_scenes):
 
 
 def test_every_kind_of_feature_is_read(tmp_path):
-    features = tfds.features.FeaturesDict({
-        'text': tfds.features.Text(),
-        'label': tfds.features.ClassLabel(names=['cat', 'dog']),
-        'scores': tfds.features.Tensor(shape=(2, 2), dtype=np.float32),
-        'boxes': tfds.features.Sequence({'bbox': tfds.features.BBoxFeature(), 'name': tfds.features.Text()}),
-        'words': tfds.features.Sequence(tfds.features.Text()),
-        'flag': np.bool_,
-    })
-    stored = features.serialize_example({
-        'text': 'naïve',
-        'label': 'dog',
-        'scores': np.array([[1, 2], [3, 4]], np.float32),
-        'boxes': [{'bbox': tfds.features.BBox(0.1, 0.2, 0.3, 0.4), 'name': 'a'}],
-        'words': ['x', 'y'],
-        'flag': True,
-    })
+    features = tfds.features.FeaturesDict(
+        {
+            'text': tfds.features.Text(),
+            'label': tfds.features.ClassLabel(names=['cat', 'dog']),
+            'scores': tfds.features.Tensor(shape=(2, 2), dtype=np.float32),
+            'boxes': tfds.features.Sequence({'bbox': tfds.features.BBoxFeature(), 'name': tfds.features.Text()}),
+            'words': tfds.features.Sequence(tfds.features.Text()),
+            'flag': np.bool_,
+        }
+    )
+    stored = features.serialize_example(
+        {
+            'text': 'naïve',
+            'label': 'dog',
+            'scores': np.array([[1, 2], [3, 4]], np.float32),
+            'boxes': [{'bbox': tfds.features.BBox(0.1, 0.2, 0.3, 0.4), 'name': 'a'}],
+            'words': ['x', 'y'],
+            'flag': True,
+        }
+    )
     record = records.reader(features)(stored)
     assert record['text'] == 'naïve' and record['label'] == 1 and record['flag'] is True
     assert record['scores'].tolist() == [[1, 2], [3, 4]]
@@ -62,14 +66,18 @@ def test_every_kind_of_feature_is_read(tmp_path):
 
 
 def test_features_beyond_the_plan_are_left_to_tfds():
-    features = tfds.features.FeaturesDict({
-        'packed': tfds.features.Tensor(shape=(3,), dtype=np.float32, encoding='zlib'),
-        'text': tfds.features.Text(),
-    })
-    stored = features.serialize_example({
-        'packed': np.array([1, 2, 3], np.float32),
-        'text': 'hello',
-    })
+    features = tfds.features.FeaturesDict(
+        {
+            'packed': tfds.features.Tensor(shape=(3,), dtype=np.float32, encoding='zlib'),
+            'text': tfds.features.Text(),
+        }
+    )
+    stored = features.serialize_example(
+        {
+            'packed': np.array([1, 2, 3], np.float32),
+            'text': 'hello',
+        }
+    )
     record = records.reader(features)(stored)
     assert record['text'] == 'hello' and record['packed'].tolist() == [1, 2, 3]
 

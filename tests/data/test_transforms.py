@@ -63,10 +63,13 @@ def test_what_does_not_parse(pipeline, message):
 
 
 def test_a_bar_in_a_text_is_text_and_lines_may_break(free, context):
-    pipeline = transforms.parse("""
+    pipeline = transforms.parse(
+        """
         prefix('a | b')
         | suffix('{reading}')
-    """, where='here')
+    """,
+        where='here',
+    )
     example = pipeline(free[0], context)
     assert (example['prefix'], example['suffix']) == ('a | b', free[0]['reading'])
 

@@ -12,6 +12,8 @@ from big_vlm.decoding.generate import make_generate, make_stream
 from big_vlm.decoding.samplers import Temperature
 from big_vlm.models import paligemma
 
+pytestmark = pytest.mark.smoke
+
 VOCAB, TEXT, NEW = 40, 7, 9
 MODEL = config.Model(
     image=config.ImageTower(variant='mu/4', width=16, mlp_dim=16),

@@ -12,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 from big_vlm.config import UserError
 from big_vlm.ops.contrastive import sigmoid_loss, softmax_loss
 
+pytestmark = pytest.mark.smoke
+
 MESHES = [(8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 1, 1)]
 INITIAL = (np.log(10.0), -10.0)
 LEARNED = (np.log(117.0), -80.0)

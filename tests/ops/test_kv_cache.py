@@ -3,8 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from big_vlm.ops import kv_cache
+
+pytestmark = pytest.mark.smoke
 
 
 def numbered(batch, length):

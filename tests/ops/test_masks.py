@@ -5,6 +5,8 @@ import pytest
 
 from big_vlm.ops import masks
 
+pytestmark = pytest.mark.smoke
+
 
 def matrix(text):
     return np.array([[c == 'x' for c in line.split()] for line in text.strip().splitlines()])

@@ -13,6 +13,8 @@ from big_vlm.config import UserError
 from big_vlm.sharding import mesh as meshes
 from big_vlm.sharding import rules
 
+pytestmark = pytest.mark.smoke
+
 # L 2, D 16, N 4, H 8, K 1, F 64, V 96; (name, shape, spec with every parameter above 1,000 elements split over fsdp).
 BLOCK = 'img/Transformer/encoderblock'
 TABLE = [

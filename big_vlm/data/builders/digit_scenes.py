@@ -45,31 +45,33 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         side = 48 if self.builder_config.layout == 'cells' else 64
-        features = tfds.features.FeaturesDict({
-            'id': tfds.features.Text(),
-            'image': tfds.features.Image(shape=(side, side, 3), encoding_format='png'),
-            # Pixel value n marks the ink of object n (from 1, in the order of `objects`), 0 the ground.
-            'instances': tfds.features.Image(shape=(side, side, 1), encoding_format='png'),
-            'caption': tfds.features.Text(),
-            'reading': tfds.features.Text(),
-            'num_digits': np.int32,
-            'held_out': np.bool_,
-            # Columns of one length, objects in reading order.
-            'objects': {
-                'digit': tfds.features.Tensor(shape=(None,), dtype=np.int32),
-                'color': tfds.features.Tensor(shape=(None,), dtype=np.str_),
-                'place': tfds.features.Tensor(shape=(None,), dtype=np.str_),
-                # ymin, xmin, ymax, xmax of the ink, in 0..1.
-                'bbox': tfds.features.Tensor(shape=(None, 4), dtype=np.float32),
-                # Index of the scan in scikit-learn's load_digits.
-                'source': tfds.features.Tensor(shape=(None,), dtype=np.int32),
-            },
-            'questions': {
-                'question': tfds.features.Tensor(shape=(None,), dtype=np.str_),
-                'answer': tfds.features.Tensor(shape=(None,), dtype=np.str_),
-                'kind': tfds.features.Tensor(shape=(None,), dtype=np.str_),
-            },
-        })
+        features = tfds.features.FeaturesDict(
+            {
+                'id': tfds.features.Text(),
+                'image': tfds.features.Image(shape=(side, side, 3), encoding_format='png'),
+                # Pixel value n marks the ink of object n (from 1, in the order of `objects`), 0 the ground.
+                'instances': tfds.features.Image(shape=(side, side, 1), encoding_format='png'),
+                'caption': tfds.features.Text(),
+                'reading': tfds.features.Text(),
+                'num_digits': np.int32,
+                'held_out': np.bool_,
+                # Columns of one length, objects in reading order.
+                'objects': {
+                    'digit': tfds.features.Tensor(shape=(None,), dtype=np.int32),
+                    'color': tfds.features.Tensor(shape=(None,), dtype=np.str_),
+                    'place': tfds.features.Tensor(shape=(None,), dtype=np.str_),
+                    # ymin, xmin, ymax, xmax of the ink, in 0..1.
+                    'bbox': tfds.features.Tensor(shape=(None, 4), dtype=np.float32),
+                    # Index of the scan in scikit-learn's load_digits.
+                    'source': tfds.features.Tensor(shape=(None,), dtype=np.int32),
+                },
+                'questions': {
+                    'question': tfds.features.Tensor(shape=(None,), dtype=np.str_),
+                    'answer': tfds.features.Tensor(shape=(None,), dtype=np.str_),
+                    'kind': tfds.features.Tensor(shape=(None,), dtype=np.str_),
+                },
+            }
+        )
         return self.dataset_info_from_configs(
             features=features,
             homepage='https://archive.ics.uci.edu/dataset/80/optical+recognition+of+handwritten+digits',

@@ -108,13 +108,15 @@ class Scenes:
             instances[window][mask] = number
             x0, y0, width, height = cv2.boundingRect(mask.view(np.uint8))
             corners = (top + y0, left + x0, top + y0 + height, left + x0 + width)
-            objects.append({
-                'digit': digit,
-                'color': color,
-                'place': language.place(y, x, self.size),
-                'bbox': [corner / self.size for corner in corners],
-                'source': self._indices[digit][choice],
-            })
+            objects.append(
+                {
+                    'digit': digit,
+                    'color': color,
+                    'place': language.place(y, x, self.size),
+                    'bbox': [corner / self.size for corner in corners],
+                    'source': self._indices[digit][choice],
+                }
+            )
         return {
             'id': f'{self.layout}-{self.split}-{index}',
             'image': _png(cv2.convertScaleAbs(image)),

@@ -51,6 +51,7 @@ def test_trees():
     assert trees.like(tree, trees.flat(tree)) == tree
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize('shape', [(1, 8), (8, 1), (2, 2), (1, 1)])
 def test_round_trip_onto_another_mesh(tmp_path, shape):
     state = make_state(mesh(2, 4))

@@ -26,6 +26,7 @@ def file(tmp_path):
     return folder / 'run.py'
 
 
+@pytest.mark.smoke
 def test_argument_and_overrides(file):
     overrides = {
         'one.optimizer.lr': '3e-4',

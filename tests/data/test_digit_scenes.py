@@ -211,6 +211,7 @@ def test_every_question_has_exactly_one_answer_and_it_is_the_one_given(every):
     assert 0.35 < verdicts.count('yes') / len(verdicts) < 0.65
 
 
+@pytest.mark.smoke
 def test_the_dataset_holds_the_scenes(tiny_digit_scenes):
     for layout in LAYOUTS:
         for split, count in (('train', 96), ('validation', 32), ('test', 32)):

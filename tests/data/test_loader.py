@@ -50,6 +50,7 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
 
 
+@pytest.mark.smoke
 def test_a_batch_of_each_task(tiny_digit_scenes, tokenizer, contract):
     batch = loader.train_batches(mixture(tiny_digit_scenes), contract, tokenizer, 8, seed=0)[0]
     shapes = {key: (value.shape, value.dtype.name) for key, value in batch.items()}
@@ -104,6 +105,7 @@ def test_a_batch_that_does_not_divide(tiny_digit_scenes, tokenizer, contract):
         loader.train_batches(mixture(tiny_digit_scenes), contract, tokenizer, 8, seed=0, shard=(0, 3))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize('threads', [1, 3])
 def test_resuming_is_slicing(tiny_digit_scenes, tokenizer, contract, threads):
     ds = loader.train_batches(mixture(tiny_digit_scenes), contract, tokenizer, 4, seed=0)

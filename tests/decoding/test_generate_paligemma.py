@@ -96,6 +96,7 @@ def an_eos():
     return int(some[0])
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize('rows', [1, 3, 8])
 def test_greedy_is_the_argmax_of_the_full_forward_at_every_position(rows):
     batch = make_batch(rows)

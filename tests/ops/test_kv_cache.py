@@ -25,6 +25,7 @@ def test_prefill_of_rows_of_different_length_by_hand():
     np.testing.assert_array_equal(layer.v, -layer.k)
 
 
+@pytest.mark.smoke
 def test_steps_go_on_where_each_row_ended():
     layer = kv_cache.empty(1, 2, 4, 1, 1, jnp.float32).layers[0]
     length = np.array([0, 2], np.int32)

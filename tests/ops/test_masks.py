@@ -90,6 +90,7 @@ CASES = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize('name', CASES)
 def test_matrix_by_hand(name):
     segment, mask_ar, expected = CASES[name]

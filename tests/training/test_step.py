@@ -51,6 +51,7 @@ def run(config, mesh, task=None, steps=1, seed=0):
     return state, history
 
 
+@pytest.mark.smoke
 def test_against_numpy():
     """With b1 = b2 = 0 Adam moves every weight by lr against its gradient's sign."""
     task = Linear()

@@ -12,8 +12,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from big_vlm.checkpoints import Checkpointer, abstract, trees
 from big_vlm.config import UserError
 
-pytestmark = pytest.mark.smoke
-
 
 class Moments(NamedTuple):
     mu: dict

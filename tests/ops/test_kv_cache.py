@@ -7,8 +7,6 @@ import pytest
 
 from big_vlm.ops import kv_cache
 
-pytestmark = pytest.mark.smoke
-
 
 def numbered(batch, length):
     """Keys [B,T,1,1] whose value is 100 * (row + 1) + t."""

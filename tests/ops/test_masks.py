@@ -5,8 +5,6 @@ import pytest
 
 from big_vlm.ops import masks
 
-pytestmark = pytest.mark.smoke
-
 
 def matrix(text):
     return np.array([[c == 'x' for c in line.split()] for line in text.strip().splitlines()])

@@ -10,8 +10,6 @@ from big_vlm.config import Optimizer, ParamRule
 from big_vlm.sharding import mesh as meshes
 from big_vlm.training import optimizer, step
 
-pytestmark = pytest.mark.smoke
-
 
 class Linear:
     """loss = mean((x·w + b - y)²), w [32, 16]; `noise` adds what the random key gives."""

@@ -29,8 +29,8 @@ def get_config(arg: str = '') -> ConfigDict:
 
 
 def pretrain(args: dict) -> ConfigDict:
-    """A dual encoder. Half of the texts are captions, half just the digits: colours and places alone tell most scenes
-    apart, and would leave little reason to learn to read."""
+    """A dual encoder. Half of the texts are captions, half just the digits, in any colour: colours and places alone tell
+    most scenes apart, and would leave little reason to learn to read."""
     stage = quickstart.base(args, SIZE, TEXT)
     stage.task = 'contrastive'
     stage.total = dict(steps=20 if args['smoke'] else 5000)
@@ -41,7 +41,8 @@ def pretrain(args: dict) -> ConfigDict:
     )
     looks = f'decode | resize({SIZE})'
     stage.data.sources = dict(
-        captions=source(args, f'{looks} | text("caption")'), digits=source(args, f'{looks} | text("reading")')
+        captions=source(args, f'{looks} | text("caption")'),
+        digits=source(args, f'{looks} | shuffle_channels | text("reading")'),
     )
     stage.optimizer = adamw(1e-3)
     one = dict(num_digits=1)
@@ -52,7 +53,7 @@ def pretrain(args: dict) -> ConfigDict:
             pipeline=f'{looks} | first("objects/digit", "digit")',
             where=one,
             label='digit',
-            classes=tuple(str(digit) for digit in range(10)),
+            classes=quickstart.FIGURES,
             slices=('held_out',),
             every=0 if args['smoke'] else 1000,
         ),
@@ -83,7 +84,7 @@ def multimodal(args: dict) -> ConfigDict:
         question=source(args, train_pipeline(SIZE, 'question'), weight=2.0),
         detect=source(args, train_pipeline(SIZE, 'detect'), weight=1.0),
         detect_all=source(args, train_pipeline(SIZE, 'detect("digit")'), weight=1.0),
-        read=source(args, train_pipeline(SIZE, READ), weight=1.0),
+        read=source(args, train_pipeline(SIZE, f'shuffle_channels | {READ}'), weight=1.0),
     )
     stage.optimizer = adamw(1e-3)
     stage.evals = answers(args, SIZE)
@@ -98,7 +99,7 @@ def transfer(args: dict) -> ConfigDict:
     stage.batch_size = 32
     stage.model = dict(image=image_tower(), decoder=decoder())
     stage.init_from = dict(stage='multimodal')
-    stage.data.sources = dict(read=source(args, train_pipeline(CLOSER, READ)))
+    stage.data.sources = dict(read=source(args, train_pipeline(CLOSER, f'shuffle_channels | {READ}')))
     stage.optimizer = adamw(3e-4)
     stage.evals = dict(
         read=quickstart.generation(args, CLOSER, READ, max_new_tokens=12, slices=('held_out', 'num_digits'))

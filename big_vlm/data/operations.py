@@ -5,6 +5,7 @@ which training replaces and counts, and which evaluation reports by name.
 
     decode            the picture's bytes → uint8 RGB
     resize            to a square, as the contract says unless told otherwise
+    shuffle_channels  colours at random (training)
     text              a dual encoder's text and text_mask
     first             a field from the first item of a column: a label
     prefix, suffix    prompt and answer, from a field or a template: suffix('{caption}')
@@ -54,6 +55,13 @@ def resize(
         raise UserError('resize before decode: write decode | resize(…)')
     smooth = contract.antialias if antialias is None else antialias
     example['image'] = images.resize(picture, size, method or contract.resample, smooth)
+
+
+def shuffle_channels(example: Example, context: 'Context') -> None:
+    """Red, green and blue in a random order, as for tasks whose answer does not depend on colour. Training only."""
+    if context.train:
+        order = context.rng.permutation(3)
+        example['image'] = np.ascontiguousarray(_field(example, 'image')[..., order])
 
 
 def text(example: Example, context: 'Context', source: str) -> None:
@@ -143,7 +151,7 @@ def tokenize(example: Example, context: 'Context') -> None:
 
 OPERATIONS: dict[str, Callable[..., None]] = {
     operation.__name__: operation
-    for operation in (decode, resize, text, first, prefix, suffix, question, detect, tokenize)
+    for operation in (decode, resize, shuffle_channels, text, first, prefix, suffix, question, detect, tokenize)
 }
 
 

@@ -172,6 +172,21 @@ def test_detect(free, tokenizer):
     assert targets == set(names)
 
 
+def test_shuffle_channels_permutes_by_the_examples_seed_and_in_training_only(free, tokenizer):
+    plain = transforms.parse('decode', where='')(free[0], make_context(tokenizer))['image']
+    pipeline = transforms.parse('decode | shuffle_channels', where='')
+    seen = set()
+    for seed in range(40):
+        image = pipeline(free[0], make_context(tokenizer, seed=(seed,)))['image']
+        order = tuple(next(i for i in range(3) if (plain[..., i] == image[..., c]).all()) for c in range(3))
+        assert sorted(order) == [0, 1, 2]
+        again = pipeline(free[0], make_context(tokenizer, seed=(seed,)))['image']
+        np.testing.assert_array_equal(again, image)
+        seen.add(order)
+    assert len(seen) == 6
+    np.testing.assert_array_equal(pipeline(free[0], make_context(tokenizer, train=False))['image'], plain)
+
+
 def test_first(free, context):
     example = transforms.parse("first('objects/digit', 'digit') | first('objects/color', 'color')", where='')(
         free[0], context

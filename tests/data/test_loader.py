@@ -13,7 +13,6 @@ from big_vlm.data import images, loader, sources, transforms
 from big_vlm.data.contract import Contract
 from big_vlm.data.tokenizer import Tokenizer
 
-
 CAPTIONS = "decode | resize(32) | prefix('caption en') | suffix('{caption}') | tokenize"
 QUESTIONS = 'decode | resize(32) | question | tokenize'
 

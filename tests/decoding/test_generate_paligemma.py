@@ -12,7 +12,6 @@ from big_vlm.decoding.generate import make_generate, make_stream
 from big_vlm.decoding.samplers import Temperature
 from big_vlm.models import paligemma
 
-
 VOCAB, TEXT, NEW = 40, 7, 9
 MODEL = config.Model(
     image=config.ImageTower(variant='mu/4', width=16, mlp_dim=16),

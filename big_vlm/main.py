@@ -77,11 +77,10 @@ def run(argv: Sequence[str]) -> None:
         return
     bundles = stages_lib.run(stages, flags.workdir)
     if jax.process_index() == 0:
-        report = run_report.make(stages, flags.workdir, bundles, flags.config)
+        report, commands = run_report.make(stages, flags.workdir, bundles, flags.config)
+        for what, command in commands.items():
+            print(f'{what}: {command}')
         print(f'report: {report}')
-        for name, path in bundles.items():
-            if stages[name].task == 'generative':
-                print(f"ask {name}: python -m tools.generate {path} --image=FILE.png --prompt='caption en'")
     stages_lib.wait('report')
 
 

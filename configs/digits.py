@@ -102,7 +102,7 @@ def transfer(args: dict) -> ConfigDict:
     stage.data.sources = dict(read=source(args, train_pipeline(CLOSER, f'shuffle_channels | {READ}')))
     stage.optimizer = adamw(3e-4)
     stage.evals = dict(
-        read=quickstart.generation(args, CLOSER, READ, max_new_tokens=12, slices=('held_out', 'num_digits'))
+        read=quickstart.generation(args, CLOSER, READ, examples=0, max_new_tokens=12, slices=('held_out', 'num_digits'))
     )
     return stage
 
@@ -111,10 +111,12 @@ def answers(args: dict, size: int) -> dict:
     """Every kind of answer."""
     generation = quickstart.generation
     return dict(
-        answer=generation(args, size, 'question', max_new_tokens=4, slices=('held_out',)),
-        read=generation(args, size, READ, max_new_tokens=12, slices=('held_out', 'num_digits')),
+        answer=generation(args, size, 'question', examples=0, max_new_tokens=4, slices=('held_out',)),
+        read=generation(args, size, READ, examples=0, max_new_tokens=12, slices=('held_out', 'num_digits')),
         caption=generation(args, size, CAPTION, examples=500, max_new_tokens=40, slices=('num_digits',)),
-        detect=generation(args, size, 'detect', max_new_tokens=12, metrics=('box_iou',), slices=('held_out',)),
+        detect=generation(
+            args, size, 'detect', examples=0, max_new_tokens=12, metrics=('box_iou',), slices=('held_out',)
+        ),
     )
 
 

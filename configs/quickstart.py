@@ -36,16 +36,16 @@ def pretrain(args: dict) -> ConfigDict:
     size, text = 48, 16
     stage = base(args, size, text)
     stage.task = 'contrastive'
-    stage.total = dict(steps=20 if args['smoke'] else 800)
+    stage.total = dict(steps=20 if args['smoke'] else 1000)
     stage.batch_size = 64
     stage.model = dict(
         image=image_tower(),
-        text=dict(variant='Ti', width=128, depth=2, mlp_dim=256, num_heads=4, pool='mean', mask=True, embed_init=0.5),
+        text=dict(variant='Ti', width=128, depth=1, mlp_dim=256, num_heads=4, pool='mean', mask=True, embed_init=0.5),
     )
     looks = f'decode | resize({size})'
     # Colour and place tell most scenes apart: texts of digits alone, in any colour, are the reason to read them.
     stage.data.sources = dict(
-        captions=source(args, f'{looks} | text("caption")', weight=2.0),
+        captions=source(args, f'{looks} | text("caption")', weight=3.0),
         digits=source(args, f'{looks} | shuffle_channels | text("reading")', weight=1.0),
     )
     stage.optimizer = adamw(1e-3)
@@ -80,14 +80,14 @@ def multimodal(args: dict) -> ConfigDict:
     stage = base(args, size, text)
     stage.task = 'generative'
     stage.total = dict(steps=20 if args['smoke'] else 1000)
-    stage.batch_size = 48
+    stage.batch_size = 40
     stage.model = dict(image=image_tower(), decoder=decoder())
     stage.init_from = dict(stage='pretrain', parts={'img': 'img'}, fresh=('img/head/.*',))
     stage.data.sources = dict(
         caption=source(args, train_pipeline(size, CAPTION), weight=1.0),
         question=source(args, train_pipeline(size, 'question'), weight=2.0),
         detect=source(args, train_pipeline(size, 'detect'), weight=1.0),
-        read=source(args, train_pipeline(size, f'shuffle_channels | {READ}'), weight=1.5),
+        read=source(args, train_pipeline(size, f'shuffle_channels | {READ}'), weight=2.0),
     )
     stage.optimizer = adamw(1.5e-3)
     one = dict(num_digits=1)
@@ -101,11 +101,11 @@ def multimodal(args: dict) -> ConfigDict:
 
 
 def transfer(args: dict) -> ConfigDict:
-    """One task, naming colours, at twice the resolution: the position embedding is resized on the way in."""
-    size, text = 96, 20
+    """One task, naming colours, at a higher resolution: the position embedding is resized on the way in."""
+    size, text = 64, 20
     stage = base(args, size, text)
     stage.task = 'generative'
-    stage.total = dict(steps=20 if args['smoke'] else 120)
+    stage.total = dict(steps=20 if args['smoke'] else 100)
     stage.batch_size = 32
     stage.model = dict(image=image_tower(), decoder=decoder())
     stage.init_from = dict(stage='multimodal')
@@ -162,4 +162,5 @@ def evaluation(args: dict, **settings) -> dict:
 
 
 def generation(args: dict, size: int, task: str, **settings) -> dict:
+    settings = dict(examples=1000) | settings
     return evaluation(args, kind='generation', pipeline=train_pipeline(size, task), **settings)

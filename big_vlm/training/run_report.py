@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import pathlib
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 
 from big_vlm import bundle, config
 from big_vlm.bundle import Bundle
@@ -27,12 +29,15 @@ _NEW_TOKENS = 32
 
 def make(
     stages: Mapping[str, Stage], workdir: pathlib.Path, bundles: Mapping[str, pathlib.Path], title: str
-) -> pathlib.Path:
-    """Writes WORKDIR/report.html from the stages' folders and bundles; returns its path."""
+) -> tuple[pathlib.Path, dict[str, str]]:
+    """Writes WORKDIR/report.html from the stages' folders and bundles, and beside each bundle an image to try it on.
+
+    Returns the report's path, and {what for: command line} to talk to the models.
+    """
     workdir = pathlib.Path(workdir)
     scores: dict[str, Any] = {}
     drawn: dict[str, Any] = {'answers': [], 'attention': [], 'patches': None, 'similarity': None}
-    curves, parameters = [], {}
+    curves, parameters, commands = [], {}, {}
     for name, stage in stages.items():
         folder = workdir / name
         results = folder / 'evals.json'
@@ -47,12 +52,12 @@ def make(
         if stage.task == 'contrastive':
             drawn['similarity'] = _similarity(model) or drawn['similarity']
         else:
-            _talk(model, name, drawn)
-    generative = [name for name, stage in stages.items() if stage.task == 'generative']
-    commands = {
-        f'ask {name}': f"python -m tools.generate {bundles[name]} --image=FILE.png --prompt='caption en'"
-        for name in generative
-    }
+            talked = len(drawn['answers'])
+            _talk(model, drawn)
+            for answer in drawn['answers'][talked : talked + 1]:
+                Image.fromarray(answer.image).save(folder / 'example.png')
+                asked = f'--image={folder / "example.png"} --prompt={shlex.quote(answer.prompt)}'
+                commands[f'ask {name}'] = f'python -m tools.generate {bundles[name]} {asked}'
     path = workdir / 'report.html'
     report.write(
         path,
@@ -67,7 +72,7 @@ def make(
             **drawn,
         ),
     )
-    return path
+    return path, commands
 
 
 def _examples(model: Bundle, settings: Eval, count: int) -> list[tuple[np.ndarray, dict[str, Any]]]:
@@ -91,7 +96,7 @@ def _similarity(model: Bundle) -> report.Similarity | None:
     return report.Similarity(z['image'] @ z['text'].T, images, captions)
 
 
-def _talk(model: Bundle, stage: str, drawn: dict[str, Any]) -> None:
+def _talk(model: Bundle, drawn: dict[str, Any]) -> None:
     """Answers to the first examples of every generative evaluation, and the attention of some of them."""
     for settings in model.stage.evals.values():
         if settings.kind != 'generation':

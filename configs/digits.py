@@ -29,8 +29,8 @@ def get_config(arg: str = '') -> ConfigDict:
 
 
 def pretrain(args: dict) -> ConfigDict:
-    """A dual encoder. Half of the texts are captions, half just the digits, in any colour: colours and places alone tell
-    most scenes apart, and would leave little reason to learn to read."""
+    """A dual encoder. Half of the texts are captions, half just the digits, in any colour: colours and places alone
+    tell most scenes apart, and would leave little reason to learn to read."""
     stage = quickstart.base(args, SIZE, TEXT)
     stage.task = 'contrastive'
     stage.total = dict(steps=20 if args['smoke'] else 5000)

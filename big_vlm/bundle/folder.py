@@ -13,9 +13,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 import big_vlm
-from big_vlm import config
+from big_vlm import config, tasks
 from big_vlm.bundle.card import model_card
-from big_vlm.bundle.model import TASKS, Bundle
+from big_vlm.bundle.model import Bundle
 from big_vlm.checkpoints import weights
 from big_vlm.config import UserError
 from big_vlm.data.contract import Contract
@@ -51,7 +51,7 @@ def load(path: str | os.PathLike, *, mesh: Mesh | None = None) -> Bundle:
         )
     if mesh is None:
         mesh = meshes.make_mesh(data=1, devices=jax.local_devices()[:1])
-    task = TASKS[stage.task](stage, contract, mesh)
+    task = tasks.make(stage, contract, mesh)
     shapes, _ = jax.eval_shape(task.init, jax.random.key(0))
     placed = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

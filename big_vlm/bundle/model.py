@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from big_vlm import config
+from big_vlm import config, tasks
 from big_vlm.config import UserError
 from big_vlm.data import images as pictures
 from big_vlm.data import prompts as prompt_rows
@@ -20,9 +20,6 @@ from big_vlm.data.tokenizer import Tokenizer
 from big_vlm.decoding import samplers
 from big_vlm.decoding.generate import make_generate
 from big_vlm.sharding import mesh as meshes
-from big_vlm.tasks import contrastive, generative
-
-TASKS = {'contrastive': contrastive.Contrastive, 'generative': generative.Generative}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +47,7 @@ class Bundle:
     scores: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        self.task = TASKS[self.stage.task](self.stage, self.contract, self.mesh)
+        self.task = tasks.make(self.stage, self.contract, self.mesh)
         self._compiled: dict[Any, Any] = {}
 
     def generate(

@@ -126,14 +126,14 @@ class Evaluator:
             transforms.parse(settings.pipeline, where='pipeline'),
             self.contract,
             self.tokenizer,
-            self._batch_size(settings),
+            self._batch_size(settings.batch_size),
             settings.examples if examples is None else examples,
         )
 
-    def _batch_size(self, settings: Eval) -> int:
+    def _batch_size(self, size: int = 0) -> int:
+        """`size`, 0 for the stage's, rounded up to what the mesh divides."""
         shards = self.mesh.shape['data'] * self.mesh.shape['fsdp']
-        size = settings.batch_size or self.stage.batch_size
-        return -(-size // shards) * shards
+        return -(-(size or self.stage.batch_size) // shards) * shards
 
     def _embed(self, name: str, params: Any, batch: dict[str, np.ndarray]) -> np.ndarray:
         run = self._once(name, lambda: jax.jit(self.task.predict[name]))
@@ -143,7 +143,7 @@ class Evaluator:
     def _embed_texts(self, params: Any, texts: list[str]) -> np.ndarray:
         rows = [text.lower() if self.contract.lower else text for text in texts]
         rows = [prompts.contrastive_text(self.tokenizer.encode(text), self.contract) for text in rows]
-        size = self._batch_size(Eval(kind='zero_shot'))
+        size = self._batch_size()
         parts = []
         for start in range(0, len(rows), size):
             some = rows[start : start + size]

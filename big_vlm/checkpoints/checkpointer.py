@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,7 @@ class Checkpointer:
         self._directory = pathlib.Path(directory).resolve()
         if self._directory.exists() and not self._directory.is_dir():
             raise UserError(f'{self._directory} is a file, not a folder for checkpoints: choose another workdir')
+        self._remove_half_deleted()
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
         for args in (ocp.args.StandardSave, ocp.args.StandardRestore):
             registry.add('state', args, ocp.StandardCheckpointHandler())
@@ -105,6 +107,14 @@ class Checkpointer:
         """Waits, and ends the threads."""
         with self._writing():
             self._manager.close()
+
+    def _remove_half_deleted(self) -> None:
+        """A process killed while it deleted an old checkpoint leaves a part of it. The newest is never one of those."""
+        if jax.process_index() == 0 and self._directory.is_dir():
+            folders = sorted((f for f in self._directory.iterdir() if f.name.isdigit()), key=lambda f: int(f.name))
+            for folder in folders[:-1]:
+                if not (folder / '_CHECKPOINT_METADATA').exists():
+                    shutil.rmtree(folder, ignore_errors=True)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

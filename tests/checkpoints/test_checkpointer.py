@@ -156,3 +156,16 @@ def test_nothing_is_said_on_the_terminal(tmp_path, capfd, recwarn):
         checkpointer.restore(abstract(state))
     assert capfd.readouterr() == ('', '')
     assert [str(w.message) for w in recwarn] == []
+
+
+def test_what_a_kill_left_of_an_old_checkpoint_goes_without_a_word(tmp_path, capfd):
+    state = make_state(mesh(1, 1))
+    with Checkpointer(tmp_path / 'c', keep=2) as checkpointer:
+        checkpointer.save(3, state)
+        checkpointer.save(7, state)
+    (tmp_path / 'c/3/_CHECKPOINT_METADATA').unlink()
+    capfd.readouterr()
+    with Checkpointer(tmp_path / 'c', keep=2) as checkpointer:
+        assert checkpointer.latest_step() == 7
+    assert not (tmp_path / 'c/3').exists()
+    assert capfd.readouterr().err == ''

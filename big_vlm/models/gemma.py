@@ -76,21 +76,22 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, position, mask, cache, length, weights):
         n, k, d, h = self.num_heads, self.num_kv_heads, x.shape[-1], self.head_dim
+        rows, split = x.reshape(-1, d), (*x.shape[:2], -1, h)
         if k == n:
-            qkv = Einsum((3, n, d, h), (2,), (0, 1, 3), self.dtype, name='qkv_einsum')('BTD,CNDH->CBTNH', x)
-            query, key, value = qkv[0], qkv[1], qkv[2]
+            query, key, value = Einsum((3, n, d, h), (2,), (0, 1, 3), self.dtype, name='qkv_einsum')('RD,CNDH->CRNH', rows)
         else:
-            query = Einsum((n, d, h), (1,), (0, 2), self.dtype, name='q_einsum')('BTD,NDH->BTNH', x)
-            kv = Einsum((2, k, d, h), (2,), (0, 1, 3), self.dtype, name='kv_einsum')('BTD,CKDH->CBTKH', x)
-            key, value = kv[0], kv[1]
+            query = Einsum((n, d, h), (1,), (0, 2), self.dtype, name='q_einsum')('RD,NDH->RNH', rows)
+            key, value = Einsum((2, k, d, h), (2,), (0, 1, 3), self.dtype, name='kv_einsum')('RD,CKDH->CRKH', rows)
+        query, key, value = query.reshape(split), key.reshape(split), value.reshape(split)
         query, key = rope(query, position), rope(key, position)
         if cache is None:
             cache = kv_cache.LayerCache(key, value)
         else:
             cache = kv_cache.write_step(cache, key, value, length)
         z, probs = attention(query, cache.k, cache.v, mask, scale=h**-0.5, weights=weights)
-        x = Einsum((n, h, d), (0, 1), (2,), self.dtype, name='attn_vec_einsum')('BTNH,NHD->BTD', z.astype(self.dtype))
-        return x, cache, probs
+        rows = z.astype(self.dtype).reshape(-1, n, h)
+        rows = Einsum((n, h, d), (0, 1), (2,), self.dtype, name='attn_vec_einsum')('RNH,NHD->RD', rows)
+        return rows.reshape(x.shape), cache, probs
 
 
 class FeedForward(nn.Module):
@@ -103,7 +104,9 @@ class FeedForward(nn.Module):
     def __call__(self, x):
         gating = self.param('gating_einsum', _fan_in((1,), (0, 2)), (2, x.shape[-1], self.mlp_dim)).astype(self.dtype)
         linear = self.param('linear', _fan_in((0,), (1,)), (self.mlp_dim, x.shape[-1])).astype(self.dtype)
-        return (nn.gelu(x @ gating[0], approximate=True) * (x @ gating[1])) @ linear
+        rows = x.reshape(-1, x.shape[-1])
+        rows = (nn.gelu(rows @ gating[0], approximate=True) * (rows @ gating[1])) @ linear
+        return rows.reshape(x.shape)
 
 
 class Block(nn.Module):
@@ -150,7 +153,8 @@ class Embedder(nn.Module):
 
     def decode(self, x):
         table = self.input_embedding.astype(self.dtype)
-        return jnp.einsum('...D,VD->...V', x, table, preferred_element_type=jnp.float32)
+        rows = jnp.einsum('RD,VD->RV', x.reshape(-1, self.width), table, preferred_element_type=jnp.float32)
+        return rows.reshape(*x.shape[:-1], self.vocab_size)
 
 
 class Gemma(nn.Module):

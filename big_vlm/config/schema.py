@@ -72,6 +72,7 @@ class ImageTower:
     num_heads: Count = 0
     pool: Literal['map', 'gap', 'tok', 'none'] = 'map'  # attention head, mean, class token, all patches
     position: Literal['learn', 'sincos2d'] = 'learn'  # position embedding
+    position_init: Amount = 0.0  # stddev of the learned position embedding's init; 0: 1/sqrt(width)
     dropout: Amount = 0.0
 
 

@@ -1,6 +1,7 @@
 """Where examples come from: a TFDS name and a split, read at random access from ArrayRecord, without TensorFlow.
 
-`digit_scenes` is drawn on first use; everything else must have been prepared in `data_dir` as ArrayRecord.
+`digit_scenes` is drawn on first use; everything else must have been prepared in `data_dir` as ArrayRecord. Of several
+prepared versions the newest is read.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from big_vlm.data.builders.digit_scenes import SPLITS, DigitScenes
 
 _log = logging.getLogger(__name__)
 _EMBEDDED = {'digit_scenes': DigitScenes}
+_VERSION = re.compile(r'\d+\.\d+\.\d+')
 DEFAULT_DATA_DIR = '~/.cache/big_vlm'
 
 
@@ -152,6 +154,10 @@ def _builder(dataset: str, folder: Path) -> tfds.core.DatasetBuilder:
     if name in _EMBEDDED:
         _check_config(name, config)
         return _embedded(_EMBEDDED[name], config, folder)
+    # The files first: what describes a dataset on disk needs none of its builder's code, which may need TensorFlow.
+    versions = [f.parent for f in folder.glob(f'{dataset}/*/dataset_info.json') if _VERSION.fullmatch(f.parent.name)]
+    if versions:
+        return tfds.builder_from_directory(max(versions, key=lambda f: tuple(map(int, f.name.split('.')))))
     try:
         builder = tfds.builder(dataset, data_dir=folder)
     except tfds.core.registered.DatasetNotFoundError:

@@ -213,6 +213,7 @@ class ViT(nn.Module):
     Attributes:
       pool: 'map', 'gap' (mean), 'tok' (a class token) or 'none'.
       position: 'learn' (one embedding per patch) or 'sincos2d' (fixed).
+      position_init: stddev of the learned one's initial values; 0 is big_vision's 1/sqrt(width).
       dtype: of the arithmetic; parameters are float32.
       remat: 'none' or 'full' (every block's inside is recomputed in the backward pass).
       scan: False unrolls the loop over layers: the same parameters, longer compilation; on CPUs XLA then merges what
@@ -226,6 +227,7 @@ class ViT(nn.Module):
     num_heads: int = 0
     pool: str = 'map'
     position: str = 'learn'
+    position_init: float = 0.0
     head: int = 0
     dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
@@ -254,7 +256,8 @@ class ViT(nn.Module):
         x, grid = PatchEmbedding(width, sizes['patch_size'], self.dtype, name='embedding')(image)
         out = {'stem': x}
         if self.position == 'learn':
-            posemb = self.param('pos_embedding', nn.initializers.normal(width**-0.5), (1, x.shape[1], width))
+            init = nn.initializers.normal(self.position_init or width**-0.5)
+            posemb = self.param('pos_embedding', init, (1, x.shape[1], width))
         else:
             posemb = jnp.asarray(sincos2d(*grid, width))
         x = x + posemb.astype(self.dtype)

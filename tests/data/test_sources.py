@@ -1,6 +1,7 @@
 """Reading datasets by name: plain records, one writer at a time, errors that name the fix, and never TensorFlow."""
 
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,15 @@ def test_errors_name_the_fix(tiny_digit_scenes, dataset, split, message):
     with pytest.raises(UserError) as error:
         sources.load(dataset, split, tiny_digit_scenes)
     assert message in str(error.value) and '\n' not in str(error.value)
+
+
+def test_prepared_files_are_read_without_their_builder(tiny_digit_scenes, tmp_path):
+    """A dataset no builder is known for: what describes it lies beside its files. The newest version counts."""
+    for version in ('9.0.0', '10.0.0'):
+        shutil.copytree(Path(tiny_digit_scenes, 'digit_scenes/cells_tiny/1.1.0'), tmp_path / 'mine/small' / version)
+    (tmp_path / 'mine/small/9.0.0/features.json').unlink()
+    source = sources.load('mine/small', 'test', str(tmp_path))
+    assert source[3]['id'] == sources.load('digit_scenes/cells_tiny', 'test', tiny_digit_scenes)[3]['id']
 
 
 def test_slices_of_splits(tiny_digit_scenes):

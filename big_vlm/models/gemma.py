@@ -78,7 +78,8 @@ class Attention(nn.Module):
         n, k, d, h = self.num_heads, self.num_kv_heads, x.shape[-1], self.head_dim
         rows, split = x.reshape(-1, d), (*x.shape[:2], -1, h)
         if k == n:
-            query, key, value = Einsum((3, n, d, h), (2,), (0, 1, 3), self.dtype, name='qkv_einsum')('RD,CNDH->CRNH', rows)
+            qkv = Einsum((3, n, d, h), (2,), (0, 1, 3), self.dtype, name='qkv_einsum')
+            query, key, value = qkv('RD,CNDH->CRNH', rows)
         else:
             query = Einsum((n, d, h), (1,), (0, 2), self.dtype, name='q_einsum')('RD,NDH->RNH', rows)
             key, value = Einsum((2, k, d, h), (2,), (0, 1, 3), self.dtype, name='kv_einsum')('RD,CKDH->CRKH', rows)

@@ -14,6 +14,7 @@ import numpy as np
 from big_vlm import checkpoints, config
 from big_vlm.checkpoints import trees
 from big_vlm.config import InitFrom, Stage, UserError
+from big_vlm.data.tokenizer import Tokenizer
 from big_vlm.ops import position_resize
 
 POSITION = 'img/pos_embedding'
@@ -54,14 +55,20 @@ def check(stage: Stage, shapes: Mapping[str, Any], name: str, where: str) -> Non
         found = _below(theirs, stored)
         if not found:
             raise config.unknown('part', theirs, _tops(stored), f'{where}.parts')
+        if init.path and ours.split('/')[0] != 'img':
+            _check_tokenizer(stage.tokenizer.path, folder / 'tokenizer.model', where)
         if _resized(init, ours, wanted, found):
             wanted = {path: leaf for path, leaf in wanted.items() if path != _position(ours)}
         trees.check_same(wanted, found, f'{where}: {init.stage or init.path}', partial=True)
-        if init.path and not stage.tokenizer.path and ours.split('/')[0] != 'img':
-            raise UserError(
-                f'{where}.path: its text weights belong to its tokenizer: set tokenizer.path '
-                f"(a bundle has it as {folder / 'tokenizer.model'}), or take parts={{'img': 'img'}} alone"
-            )
+
+
+def _check_tokenizer(given: str, own: pathlib.Path, where: str) -> None:
+    """Token ids mean the same to the weights and to the run. `own`: where a bundle keeps the one of its weights."""
+    if not given or (own.is_file() and Tokenizer.load(given).sha256 != Tokenizer.load(own).sha256):
+        raise UserError(
+            f'{where}.path: its text weights belong to its tokenizer{f", and {given} is another" if given else ""}: '
+            f"set tokenizer.path (a bundle has it as {own}), or take parts={{'img': 'img'}} alone"
+        )
 
 
 def make(init: InitFrom, bundles: Mapping[str, pathlib.Path], where: str) -> Callable[[Any], Any] | None:

@@ -15,6 +15,7 @@ import big_vlm
 from big_vlm import checkpoints, config
 from big_vlm.checkpoints import trees
 from big_vlm.config import UserError
+from big_vlm.data.tokenizer import Tokenizer
 from big_vlm.ops import position_resize
 from big_vlm.reports.writers import read_csv
 from big_vlm.training import initial_weights, stages
@@ -208,7 +209,7 @@ def test_refused_before_anything_is_read(changes, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_text_weights_come_with_their_tokenizer(micro_run, tiny_digit_scenes):
+def test_text_weights_come_with_their_tokenizer(micro_run, tiny_digit_scenes, tmp_path):
     bundle = micro_run / 'pretrain' / 'bundle'
     raw = {'task': 'contrastive', **micro_config.pretrain(tiny_digit_scenes), 'init_from': {'path': str(bundle)}}
     with pytest.raises(
@@ -216,6 +217,9 @@ def test_text_weights_come_with_their_tokenizer(micro_run, tiny_digit_scenes):
     ):
         stages.check(config.validate(raw))
     stages.check(config.validate(raw | {'tokenizer': {'path': str(bundle / 'tokenizer.model')}}))
+    Tokenizer.train(['some other words'] * 50, 280, tmp_path / 'other.model')
+    with pytest.raises(UserError, match=r'and .*other\.model is another: set tokenizer\.path .*tokenizer\.model'):
+        stages.check(config.validate(raw | {'tokenizer': {'path': str(tmp_path / 'other.model')}}))
 
 
 def test_a_long_warmup_of_a_long_run_is_valid(tmp_path):
@@ -244,8 +248,6 @@ def test_an_evaluation_that_cannot_run_is_found_before_training(
     changes, message, micro_run, tiny_digit_scenes, tmp_path
 ):
     stage = make(tiny_digit_scenes, **{f'pretrain__evals__color__{key}': value for key, value in changes.items()})
-    from big_vlm.data.tokenizer import Tokenizer
-
     tokenizer = Tokenizer.load(micro_run / 'tokenizer.model')
     with pytest.raises(UserError, match=message):
         stages.run_stage('train', stage['pretrain'], tmp_path / 'train', tokenizer, {}, where='config.train')

@@ -130,6 +130,7 @@ class Source:
     dataset: str = 'digit_scenes/cells'  # TFDS name
     split: str = 'train'
     weight: Amount = 1.0  # relative rate in the mixture
+    where: dict[str, Any] = field(default_factory=dict)  # only records whose fields have these values (or one of them)
     pipeline: str = ''  # 'decode | resize(48) | ...'
 
 
@@ -188,7 +189,7 @@ class Eval:
     dataset: str = 'digit_scenes/cells'
     split: str = 'validation'
     pipeline: str = ''
-    where: dict[str, Any] = field(default_factory=dict)  # only records whose fields have these values
+    where: dict[str, Any] = field(default_factory=dict)  # as a source's
     examples: Count = 0  # the first so many; 0: all
     batch_size: Count = 0  # 0: the stage's
     every: Count = 0  # steps; 0: at the end only

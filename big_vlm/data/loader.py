@@ -53,7 +53,7 @@ def open_sources(data: config.Data) -> list[_Part]:
     parts = []
     for name, settings in data.sources.items():
         pipeline = transforms.parse(settings.pipeline, where=f'data.sources.{name}.pipeline')
-        source = sources.load(settings.dataset, settings.split, data.data_dir)
+        source = sources.subset(sources.load(settings.dataset, settings.split, data.data_dir), settings.where)
         if settings.weight > 0:
             parts.append(_Part(name, source, pipeline, settings.weight))
     if not parts:
@@ -132,16 +132,22 @@ class _LoadBatch:
         self._lock = threading.Lock()
 
     def __call__(self, step: int) -> Batch:
-        return stack([self._example(int(step) * self.size + row) for row in self.rows])
+        positions = [int(step) * self.size + row for row in self.rows]
+        wanted = [self._order[position] for position in positions]
+        records = {}
+        for number, part in enumerate(self.parts):
+            indices = sorted({index for of, index in wanted if of == number})
+            records |= zip([(number, index) for index in indices], part.source.__getitems__(indices), strict=True)
+        return stack([self._example(p, *which, records[which]) for p, which in zip(positions, wanted, strict=True)])
 
-    def _example(self, position: int) -> Batch:
-        number, index = self._order[position]
+    def _example(self, position: int, number: int, index: int, record: dict) -> Batch:
+        """`record` is the one at `index` of source `number`; where it fails, others are tried."""
         part = self.parts[number]
         replacements = failure = None
         for attempt in range(_ATTEMPTS):
             context = transforms.Context(self.contract, self.tokenizer, train=True, seed=(self.seed, position, attempt))
             try:
-                example = arrays(part.pipeline(part.source[index], context))
+                example = arrays(part.pipeline(record, context))
                 self._count(part, index, None)
             except UserError as error:
                 raise UserError(f'data.sources.{part.name}: {error} (record {index})') from error
@@ -151,6 +157,7 @@ class _LoadBatch:
                 if replacements is None:
                     replacements = np.random.default_rng((self.seed, position))
                 index = int(replacements.integers(len(part.source)))
+                record = part.source[index]
                 continue
             example['id'] = np.array([number, part.source.original(index)], np.int32)
             example['replaced'] = np.array(attempt > 0)

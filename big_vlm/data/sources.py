@@ -6,6 +6,7 @@ prepared versions the newest is read.
 
 import contextlib
 import fcntl
+import functools
 import io
 import logging
 import re
@@ -45,6 +46,10 @@ class Source:
             raise IndexError(f'{self.name} has {len(self)} records, not one at {index}')
         return self._read(self._stored[index])
 
+    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+        """Several records at once: a quarter of the time of one by one."""
+        return [self._read(stored) for stored in self._stored.__getitems__(list(indices))]
+
     def original(self, index: int) -> int:
         """The position in the split of record `index` (itself; a subset differs)."""
         return index
@@ -73,10 +78,14 @@ class Subset:
     def __getitem__(self, index: int) -> dict:
         return self.source[self.indices[index]]
 
+    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+        return self.source.__getitems__([self.indices[index] for index in indices])
+
     def original(self, index: int) -> int:
         return self.indices[index]
 
 
+@functools.lru_cache(maxsize=64)  # a source remembers its subsets, which take seconds to find
 def load(dataset: str, split: str, data_dir: str = '') -> Source:
     """One split of a TFDS dataset, e.g. `load('digit_scenes/cells', 'train')`; TFDS slices ('train[:100]') work too.
 
@@ -138,7 +147,12 @@ def subset(source: Source, where: Mapping[str, Any]) -> Any:
             if field not in source.features:
                 raise unknown('field', field, sorted(source.features), f'where, {source.name}')
         wanted = {k: v if isinstance(v, (list, tuple)) else (v,) for k, v in where.items()}
-        keep = [i for i in range(len(source)) if _matches(source[i], wanted)]
+        keep = []
+        for start in range(0, len(source), 1024):
+            several = range(start, min(start + 1024, len(source)))
+            keep += [
+                i for i, record in zip(several, source.__getitems__(several), strict=True) if _matches(record, wanted)
+            ]
         if not keep:
             raise UserError(f'no record of {source.name} has {dict(where)}: relax `where`')
         source._subsets[key] = Subset(source, keep)

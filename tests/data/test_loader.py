@@ -1,5 +1,6 @@
 """A batch is a function of config, seed and step: whoever loads it, from wherever, with whatever goes wrong."""
 
+import dataclasses
 import io
 import logging
 
@@ -169,6 +170,9 @@ class Damaged:
         record = self.source[index]
         return record | {'image': record['image'][:100]} if index in self.broken else record
 
+    def __getitems__(self, indices):
+        return [self[index] for index in indices]
+
     def original(self, index):
         return index
 
@@ -247,6 +251,15 @@ def test_pipelines_that_do_not_go_together(tiny_digit_scenes, tokenizer, contrac
     data = config.Data(sources={'a': free, 'b': cells}, data_dir=tiny_digit_scenes)
     with pytest.raises(UserError, match=r'image has shapes \[64, 64, 3\] and \[48, 48, 3\].*add resize'):
         loader.train_batches(data, contract, tokenizer, 8, seed=0)[0]
+
+
+def test_where(tiny_digit_scenes, tokenizer, contract):
+    settings = dataclasses.replace(one(tiny_digit_scenes).sources['only'], where={'num_digits': 2})
+    data = dataclasses.replace(one(tiny_digit_scenes), sources={'only': settings})
+    source = sources.load(settings.dataset, settings.split, data.data_dir)
+    ids = loader.train_batches(data, contract, tokenizer, 8, seed=0)[1]['id']
+    assert all(source[index]['num_digits'] == 2 for _, index in ids)
+    assert loader.num_examples(data) == sum(record['num_digits'] == 2 for record in source) < len(source)
 
 
 def test_no_sources(tokenizer, contract):

@@ -127,6 +127,8 @@ def test_subset(tiny_digit_scenes):
     assert 0 < len(expected) < 32
     assert [single.original(i) for i in range(len(single))] == expected
     assert single[1]['id'] == source[expected[1]]['id']
+    assert [r['id'] for r in single.__getitems__([2, 0])] == [source[expected[i]]['id'] for i in (2, 0)]
+    assert single.__getitems__([]) == []
     assert sources.subset(source, {'num_digits': 1, 'held_out': False}) is single
     assert len(sources.subset(source, {'num_digits': [1, 2]})) == 32
     assert sources.subset(source, {}) is source

@@ -32,6 +32,9 @@ class Damaged:
         record = dict(self._source[index])
         return record | ({'image': record['image'][:100]} if index in BAD else {})
 
+    def __getitems__(self, indices):
+        return [self[index] for index in indices]
+
     def original(self, index):
         return index
 

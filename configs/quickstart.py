@@ -38,14 +38,14 @@ def pretrain(args: dict) -> ConfigDict:
     stage.task = 'contrastive'
     stage.total = dict(steps=20 if args['smoke'] else 1000)
     stage.batch_size = 64
-    stage.model = dict(
+    stage.model.update(
         image=image_tower(),
         text=dict(variant='Ti', width=128, depth=2, mlp_dim=256, num_heads=4, pool='mean', mask=True, embed_init=0.5),
     )
     looks = f'decode | resize({size})'
     # Colour and place tell most scenes apart: texts of digits alone, in any colour, are the reason to read them.
     stage.data.sources = dict(
-        captions=source(args, f'{looks} | text("caption")', weight=2.0),
+        captions=source(args, f'{looks} | text("caption")', weight=1.2),
         digits=source(args, f'{looks} | shuffle_channels | text("reading")', weight=1.0),
     )
     stage.optimizer = adamw(1e-3)
@@ -81,13 +81,13 @@ def multimodal(args: dict) -> ConfigDict:
     stage.task = 'generative'
     stage.total = dict(steps=20 if args['smoke'] else 1200)
     stage.batch_size = 48
-    stage.model = dict(image=image_tower(), decoder=decoder())
+    stage.model.update(image=image_tower(), decoder=decoder())
     stage.init_from = dict(stage='pretrain', parts={'img': 'img'}, fresh=('img/head/.*',))
     stage.data.sources = dict(
         caption=source(args, train_pipeline(size, CAPTION), weight=1.5),
         question=source(args, train_pipeline(size, 'question'), weight=2.0),
         detect=source(args, train_pipeline(size, 'detect'), weight=1.0),
-        read=source(args, train_pipeline(size, f'shuffle_channels | {READ}'), weight=1.0),
+        read=source(args, train_pipeline(size, f'shuffle_channels | {READ}'), weight=1.25),
     )
     stage.optimizer = adamw(1.5e-3)
     one = dict(num_digits=1)
@@ -105,9 +105,9 @@ def transfer(args: dict) -> ConfigDict:
     size, text = 64, 20
     stage = base(args, size, text)
     stage.task = 'generative'
-    stage.total = dict(steps=20 if args['smoke'] else 150)
+    stage.total = dict(steps=20 if args['smoke'] else 300)
     stage.batch_size = 32
-    stage.model = dict(image=image_tower(), decoder=decoder())
+    stage.model.update(image=image_tower(), decoder=decoder())
     stage.init_from = dict(stage='multimodal')
     task = 'question("color")'
     stage.data.sources = dict(color=source(args, train_pipeline(size, task)))
@@ -126,6 +126,7 @@ def base(args: dict, size: int, text: int) -> ConfigDict:
             seed=args['seed'],
             contract=dict(image_size=size, text_length=text),
             tokenizer=dict(vocab_size=512),  # a token per word
+            model=dict(scan=False),  # so few layers compile as fast one by one, and run faster on a CPU
             data=dict(sources={}),
             log_every=10 if args['smoke'] else 25,
             checkpoint=dict(every=10 if args['smoke'] else 200),
@@ -134,7 +135,8 @@ def base(args: dict, size: int, text: int) -> ConfigDict:
 
 
 def image_tower() -> dict:
-    return dict(variant='Ti/16', width=128, depth=3, mlp_dim=512, num_heads=4)
+    # Places are learnt late from the usual small position embedding: a large one takes R@1 from 41 to 90 %.
+    return dict(variant='Ti/16', width=128, depth=3, mlp_dim=512, num_heads=4, position_init=0.5)
 
 
 def decoder() -> dict:
@@ -148,8 +150,6 @@ def adamw(lr: float) -> dict:
         b2=0.99,
         weight_decay=1e-4,
         warmup=dict(percent=5.0),
-        # Where things are is learnt late; a faster position embedding brings it forward (R@1 from 40 to 69 %).
-        rules=(('img/pos_embedding', dict(lr=10.0)), ('.*', dict())),
     )
 
 

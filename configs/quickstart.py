@@ -31,9 +31,8 @@ def get_config(arg: str = '') -> ConfigDict:
     return config
 
 
-def pretrain(args: dict) -> ConfigDict:
+def pretrain(args: dict, size: int = 48, text: int = 16) -> ConfigDict:
     """A dual encoder of scenes and their captions."""
-    size, text = 48, 16
     stage = base(args, size, text)
     stage.task = 'contrastive'
     stage.total = dict(steps=20 if args['smoke'] else 1000)

@@ -141,6 +141,8 @@ def test_initial_values():
     np.testing.assert_allclose(np.std(params['embedding']['kernel']), 1 / np.sqrt(4 * 4 * 3), rtol=0.05)
     np.testing.assert_allclose(np.std(params['head']['kernel']), 1 / np.sqrt(64), rtol=0.05)
     assert not any(x.weak_type or x.dtype != jnp.float32 for x in jax.tree.leaves(params))
+    large = jax.jit(model.clone(position_init=0.5).init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))['params']
+    np.testing.assert_allclose(large['pos_embedding'], params['pos_embedding'] * 0.5 * np.sqrt(64), rtol=1e-5)
 
 
 def test_dropout_only_in_training_and_only_from_its_key():

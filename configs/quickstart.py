@@ -35,7 +35,7 @@ def pretrain(args: dict, size: int = 48, text: int = 16) -> ConfigDict:
     """A dual encoder of scenes and their captions."""
     stage = base(args, size, text)
     stage.task = 'contrastive'
-    stage.total = dict(steps=20 if args['smoke'] else 1000)
+    stage.total = dict(steps=20 if args['smoke'] else 1200)
     stage.batch_size = 64
     stage.model.update(
         image=image_tower(),
@@ -78,7 +78,7 @@ def multimodal(args: dict) -> ConfigDict:
     size, text = 48, 20
     stage = base(args, size, text)
     stage.task = 'generative'
-    stage.total = dict(steps=20 if args['smoke'] else 1200)
+    stage.total = dict(steps=20 if args['smoke'] else 1600)
     stage.batch_size = 48
     stage.model.update(image=image_tower(), decoder=decoder())
     stage.init_from = dict(stage='pretrain', parts={'img': 'img'}, fresh=('img/head/.*',))

@@ -73,9 +73,8 @@ def pretrain(args: dict, size: int = 48, text: int = 16) -> ConfigDict:
     return stage
 
 
-def multimodal(args: dict) -> ConfigDict:
+def multimodal(args: dict, size: int = 48, text: int = 20) -> ConfigDict:
     """The whole of a PaliGemma on a mixture: captions, questions, boxes, reading."""
-    size, text = 48, 20
     stage = base(args, size, text)
     stage.task = 'generative'
     stage.total = dict(steps=20 if args['smoke'] else 1600)
@@ -99,9 +98,8 @@ def multimodal(args: dict) -> ConfigDict:
     return stage
 
 
-def transfer(args: dict) -> ConfigDict:
+def transfer(args: dict, size: int = 64, text: int = 20) -> ConfigDict:
     """One task, naming colours, at a higher resolution: the position embedding is resized on the way in."""
-    size, text = 64, 20
     stage = base(args, size, text)
     stage.task = 'generative'
     stage.total = dict(steps=20 if args['smoke'] else 300)

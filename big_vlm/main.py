@@ -61,6 +61,8 @@ def run(argv: Sequence[str]) -> None:
 
     rest, overrides = config.take_overrides(argv)
     flags = _flags(rest)
+    if '://' in flags.workdir:
+        raise UserError(f'--workdir={flags.workdir}: only folders of this machine (or mounted ones) can be written to')
     raw = config.load_config(flags.config, overrides)
     stages = config.validate(raw)
 

@@ -62,6 +62,12 @@ def test_a_mistake_is_one_line_that_names_it(call, tmp_path, flag, named):
     assert list(tmp_path.iterdir()) == [], 'nothing is written for a wrong config'
 
 
+def test_a_bucket_is_no_workdir(call, tmp_path):
+    code, lines = call(workdir='gs://bucket/run')
+    assert code == 2 and 'gs://bucket/run' in lines[0] and len(lines) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_wrong_file(call, tmp_path):
     for config, named in (
         ('tests/micro_confg.py', "did you mean 'tests/micro_config.py'"),

@@ -10,6 +10,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,8 @@ usage: python tools/start.py job   [--workdir=DIR] [--config=FILE[:arg,key=value
        python tools/start.py tests [pytest arguments]
 
 job     trains the models of a config from nothing, evaluates them, and prints where its report.html is.
-        Without flags that is configs/quickstart.py into runs/quickstart, on data that installs with the project.
+        Without flags that is configs/quickstart.py into runs/quickstart (another config: runs/ITS_NAME), on data that
+        installs with the project.
         A run that was interrupted goes on where it stopped when the same command is given again.
 tests   runs the test-suite; arguments go to pytest: tests/ops, -k attention, -n 4, -m slow.
 
@@ -47,7 +49,7 @@ Both first make the virtual environment (once) and install the project into it (
 examples
   python tools/start.py job
   python tools/start.py job --workdir=/tmp/first --config=configs/quickstart.py:smoke
-  python tools/start.py job --config.pretrain.optimizer.lr=3e-4
+  python tools/start.py job --workdir=/tmp/faster --config.pretrain.optimizer.lr=3e-3
   python tools/start.py tests -k ring -x
 """
 
@@ -296,17 +298,18 @@ def install(venv, inside, version, extras, run, root=ROOT):
 
 
 def absolute(path, here):
-    """A path the caller wrote, seen from where they stand; bucket addresses (gs://...) stay as they are."""
+    """A path the caller wrote, seen from where they stand."""
     if '://' in path:
-        return path
+        return path  # the main program refuses it by the name it was given
     return os.path.abspath(os.path.join(here, os.path.expanduser(path)))
 
 
 def job_command(request, inside, here, root):
     """The argv of the main program. A config is looked for from the caller's folder first, then in the checkout."""
     workdir = request.flags.get('workdir')
-    workdir = absolute(workdir, here) if workdir else os.path.join(root, 'runs', 'quickstart')
     file, colon, argument = request.flags.get('config', 'configs/quickstart.py').partition(':')
+    name = os.path.splitext(os.path.basename(file))[0] + ('-' + re.sub(r'[^\w.=-]+', '-', argument) if argument else '')
+    workdir = absolute(workdir, here) if workdir else os.path.join(root, 'runs', name)
     for folder in (here, root):
         if os.path.exists(absolute(file, folder)):
             file = absolute(file, folder)

@@ -6,6 +6,7 @@ from (seed, p). Nothing is dropped: an example that fails is replaced by the nex
 (seed, p), and the batch says so.
 """
 
+import contextlib
 import dataclasses
 import logging
 import threading
@@ -134,30 +135,39 @@ class _LoadBatch:
     def __call__(self, step: int) -> Batch:
         positions = [int(step) * self.size + row for row in self.rows]
         wanted = [self._order[position] for position in positions]
+        records = self._read(wanted)
+        return stack([self._example(p, *which, records.get(which)) for p, which in zip(positions, wanted, strict=True)])
+
+    def _read(self, wanted: list[tuple[int, int]]) -> dict[tuple[int, int], dict]:
+        """(number of the source, index) → record, read a source at a time: a quarter of the time of one by one.
+
+        Where one cannot be read, its source's are left out, to be read and judged one by one.
+        """
         records = {}
         for number, part in enumerate(self.parts):
             indices = sorted({index for of, index in wanted if of == number})
-            records |= zip([(number, index) for index in indices], part.source.__getitems__(indices), strict=True)
-        return stack([self._example(p, *which, records[which]) for p, which in zip(positions, wanted, strict=True)])
+            with contextlib.suppress(Exception):
+                records |= zip([(number, index) for index in indices], part.source.__getitems__(indices), strict=True)
+        return records
 
-    def _example(self, position: int, number: int, index: int, record: dict) -> Batch:
-        """`record` is the one at `index` of source `number`; where it fails, others are tried."""
+    def _example(self, position: int, number: int, index: int, record: dict | None) -> Batch:
+        """`record`: the one at `index` of source `number` if it is read already. Where it fails, others are tried."""
         part = self.parts[number]
         replacements = failure = None
         for attempt in range(_ATTEMPTS):
             context = transforms.Context(self.contract, self.tokenizer, train=True, seed=(self.seed, position, attempt))
             try:
+                record = part.source[index] if record is None else record
                 example = arrays(part.pipeline(record, context))
                 self._count(part, index, None)
             except UserError as error:
-                raise UserError(f'data.sources.{part.name}: {error} (record {index})') from error
+                raise UserError(f'data.sources.{part.name}: {error} (record {part.source.original(index)})') from error
             except Exception as error:
                 self._count(part, index, error)
                 failure = error
                 if replacements is None:
                     replacements = np.random.default_rng((self.seed, position))
-                index = int(replacements.integers(len(part.source)))
-                record = part.source[index]
+                index, record = int(replacements.integers(len(part.source))), None
                 continue
             example['id'] = np.array([number, part.source.original(index)], np.int32)
             example['replaced'] = np.array(attempt > 0)
@@ -165,6 +175,7 @@ class _LoadBatch:
         raise UserError(f'data.sources.{part.name}: {_ATTEMPTS} records in a row failed, the last one with: {failure}')
 
     def _count(self, part: _Part, index: int, error: Exception | None) -> None:
+        record = part.source.original(index)
         with self._lock:
             part.tried += 1
             if error is None:
@@ -173,10 +184,10 @@ class _LoadBatch:
             tried, failed = part.tried, part.failed
         if failed <= _NAMED:
             more = ' (further ones are only counted)' if failed == _NAMED else ''
-            _log.warning('data.sources.%s: record %d replaced: %s%s', part.name, index, error, more)
+            _log.warning('data.sources.%s: record %d replaced: %s%s', part.name, record, error, more)
         if tried >= _JUDGED_AFTER and failed > _FAILURE_SHARE * tried:
             raise UserError(
-                f'data.sources.{part.name}: {failed} of {tried} examples failed, the last one, record {index}, with: '
+                f'data.sources.{part.name}: {failed} of {tried} examples failed, the last one, record {record}, with: '
                 f'{error}; check the pipeline and the data'
             )
 

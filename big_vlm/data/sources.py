@@ -25,6 +25,7 @@ from big_vlm.data.builders.digit_scenes import SPLITS, DigitScenes
 
 _log = logging.getLogger(__name__)
 _EMBEDDED = {'digit_scenes': DigitScenes}
+_NAME = re.compile(r'\w[\w.:+-]*(/[\w.:+-]+)*')
 _VERSION = re.compile(r'\d+\.\d+\.\d+')
 DEFAULT_DATA_DIR = '~/.cache/big_vlm'
 
@@ -168,6 +169,8 @@ def _builder(dataset: str, folder: Path) -> tfds.core.DatasetBuilder:
     if name in _EMBEDDED:
         _check_config(name, config)
         return _embedded(_EMBEDDED[name], config, folder)
+    if not _NAME.fullmatch(dataset):
+        raise UserError(f'dataset {dataset!r} is no name such as digit_scenes/cells: a folder belongs in data_dir')
     # The files first: what describes a dataset on disk needs none of its builder's code, which may need TensorFlow.
     versions = [f.parent for f in folder.glob(f'{dataset}/*/dataset_info.json') if _VERSION.fullmatch(f.parent.name)]
     if versions:

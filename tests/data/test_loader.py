@@ -158,16 +158,19 @@ def test_a_record_seen_twice_gets_another_question(tiny_digit_scenes, tokenizer,
 
 
 class Damaged:
-    """A source some of whose pictures are cut short."""
+    """A source some of whose pictures are cut short, or whose records cannot be read at all."""
 
-    def __init__(self, source, broken):
+    def __init__(self, source, broken, unreadable):
         self.source, self.broken, self.name, self.features = source, set(broken), 'damaged', source.features
+        self.unreadable = unreadable
 
     def __len__(self):
         return len(self.source)
 
     def __getitem__(self, index):
         record = self.source[index]
+        if index in self.broken and self.unreadable:
+            raise IndexError('no value')
         return record | {'image': record['image'][:100]} if index in self.broken else record
 
     def __getitems__(self, indices):
@@ -179,16 +182,19 @@ class Damaged:
 
 @pytest.fixture
 def damage(monkeypatch):
-    def apply(broken):
+    def apply(broken, unreadable=False):
         load = sources.load
-        monkeypatch.setattr(sources, 'load', lambda *names: Damaged(load(*names), broken))
+        monkeypatch.setattr(sources, 'load', lambda *names: Damaged(load(*names), broken, unreadable))
 
     return apply
 
 
-def test_a_bad_picture_is_replaced_counted_and_named(tiny_digit_scenes, tokenizer, contract, damage, caplog):
+@pytest.mark.parametrize('unreadable', [False, True])
+def test_a_bad_picture_is_replaced_counted_and_named(
+    tiny_digit_scenes, tokenizer, contract, damage, caplog, unreadable
+):
     clean = loader.train_batches(one(tiny_digit_scenes), contract, tokenizer, 32, seed=0)
-    damage([10, 50])
+    damage([10, 50], unreadable)
     ds = loader.train_batches(one(tiny_digit_scenes), contract, tokenizer, 32, seed=0)
     with caplog.at_level(logging.WARNING):
         batches = [ds[step] for step in range(3)]

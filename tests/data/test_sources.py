@@ -96,6 +96,8 @@ def test_nested_sequences_need_tensorflow_and_say_so():
         ('digit_scenes/cell', 'train', "unknown config 'cell' (digit_scenes): did you mean 'cells'"),
         ('digit_scenes/cells_tiny', 'tran', "unknown split 'tran' (digit_scenes/cells_tiny): did you mean 'train'"),
         ('digit_scenes/cells_tiny', 'train[:x]', "cannot read split 'train[:x]'"),
+        ('/data/mine', 'train', "dataset '/data/mine' is no name such as digit_scenes/cells"),
+        ('', 'train', "dataset '' is no name"),
         ('mnist', 'train', "dataset 'mnist' is not prepared in"),
     ],
 )

@@ -107,9 +107,13 @@ def test_paths_are_seen_from_where_the_caller_stands(launch, tmp_path):
     assert fake.became[3:] == [f'--config={tmp_path}/mine.py:small,lr=2', f'--workdir={tmp_path}/out']
 
 
-def test_a_config_of_the_checkout_is_found_from_anywhere_and_buckets_stay(launch, checkout):
-    _, fake = launch('job', '--accelerator=cpu', '--config=configs/quickstart.py:smoke', '--workdir=gs://bucket/run')
-    assert fake.became[3:] == [f'--config={checkout}/configs/quickstart.py:smoke', '--workdir=gs://bucket/run']
+@pytest.mark.parametrize('argument, folder', [('', 'quickstart'), (':smoke,seed=1', 'quickstart-smoke-seed=1')])
+def test_a_config_of_the_checkout_is_found_from_anywhere_and_has_its_own_workdir(launch, checkout, argument, folder):
+    _, fake = launch('job', '--accelerator=cpu', f'--config=configs/quickstart.py{argument}')
+    assert fake.became[3:] == [
+        f'--config={checkout}/configs/quickstart.py{argument}',
+        f'--workdir={checkout}/runs/{folder}',
+    ]
 
 
 def test_tests_take_pytest_arguments_as_they_are(launch, checkout, tmp_path):

@@ -32,7 +32,7 @@ class Duration:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Devices per axis; one axis may be -1, the rest of them."""
+    """Devices per axis; data may be -1, the rest of them."""
 
     data: int = -1  # batch shards with a full copy of the weights
     fsdp: int = 1  # batch shards among which each weight is split

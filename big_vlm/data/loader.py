@@ -63,7 +63,7 @@ def open_sources(data: config.Data) -> list[_Part]:
 
 
 def num_examples(data: config.Data) -> int:
-    """Examples of one epoch: the records of all sources, whatever their weights."""
+    """Examples of one epoch: the records of all sources that have a weight, however large."""
     return sum(len(part.source) for part in open_sources(data))
 
 

@@ -111,7 +111,7 @@ def train(
         source = iter(batches(first)) if first < total else iter(())
 
         for step in range(first, total + 1):
-            stopping = step < total and stop.now(agree=step % stage.log_every == 0)
+            stopping = stop.now(agree=step % stage.log_every == 0 or step == total)
             due = _due(stage, step, total) if evaluate and step != evaluated and not stopping else []
             save = step == total or stopping or (step > first and step % stage.checkpoint.every == 0)
             if due or save:
@@ -121,6 +121,10 @@ def train(
                     if save:
                         count = replaced + getattr(source, 'replaced', 0)
                         saver.save(step, state, {**extra, EVALUATED: not stopping, REPLACED: count})
+            if step == total:
+                # Here ends what catches signals: one that came while evaluating or saving must not start a next stage.
+                saver.wait()
+                stopping = stopping or stop.now(agree=True)
             if stopping:
                 saver.wait()
                 raise Interrupted(step)

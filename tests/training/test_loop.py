@@ -103,6 +103,33 @@ def test_a_stop_postpones_the_evaluation(tmp_path, mesh):
     assert events.seen[:3] == [('rewind', 4), ('often', 4), ('write', 4)]
 
 
+@pytest.mark.parametrize('where', ['last batch', 'last evaluation'])
+def test_a_stop_at_the_end_is_not_lost(tmp_path, mesh, where):
+    """Or the next stage would start. Before the last evaluations it postpones them, during them it lets them finish."""
+    config = stage(4, evals=EVALS, checkpoint={'every': 100})
+    events = Events()
+
+    def stopping(first):
+        for i, batch in enumerate(events.batches(first)):
+            if where == 'last batch' and first + i == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    def evaluate(name, step, state):
+        if where == 'last evaluation' and name == 'last':
+            os.kill(os.getpid(), signal.SIGTERM)
+        return events.evaluate(name, step, state)
+
+    with pytest.raises(loop.Interrupted, match='stopped and saved at step 4'):
+        loop.train(config, Toy(), stopping, tmp_path, events, mesh=mesh, evaluate=evaluate)
+    made = [('often', 4), ('write', 4), ('last', 4), ('write', 4)]
+    assert events.seen[-4:] == made if where == 'last evaluation' else ('last', 4) not in events.seen
+    events = Events()
+    state = loop.train(config, Toy(), events.batches, tmp_path, events, mesh=mesh, evaluate=events.evaluate)
+    assert state.step == 4
+    assert events.seen == [('rewind', 4), *([] if where == 'last evaluation' else made)]
+
+
 def test_metrics_and_weights_it_leaves(tmp_path, mesh):
     state, table = train_to_csv(stage(5, log_every=2), tmp_path / 'm.csv', mesh)
     assert [step for step, _ in table['loss']] == [1, 2, 4, 5]

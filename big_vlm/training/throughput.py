@@ -69,8 +69,9 @@ class Meter:
             self._start = (step, time.perf_counter())
 
     def pause(self, seconds: float) -> None:
-        """So much of the time since the last log was not training."""
-        self._paused += seconds
+        """So much of the time since the last log was not training. Before the clock starts, nothing is."""
+        if self._start is not None:
+            self._paused += seconds
 
     def read(self, step: int) -> dict[str, float]:
         """examples/s and mfu since the last read; {} if nothing was timed."""

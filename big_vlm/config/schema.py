@@ -193,12 +193,12 @@ class Eval:
     examples: Count = 0  # the first so many; 0: all
     batch_size: Count = 0  # 0: the stage's
     every: Count = 0  # steps; 0: at the end only
-    label: str = 'label'  # record field of the truth: class name (zero_shot), text that groups (retrieval), answer
+    label: str = 'label'  # record field of the class (zero_shot) or the text (retrieval); generation has the suffix
     classes: tuple[str, ...] = ()  # zero_shot: the class names
     templates: tuple[str, ...] = ('{}',)  # zero_shot: prompts, '{}' is the class name
     metrics: tuple[str, ...] = ('exact_match',)  # generation
     max_new_tokens: Positive = 32  # generation
-    slices: tuple[str, ...] = ()  # record fields whose values are scored apart, as 'held_out'
+    slices: tuple[str, ...] = ()  # zero_shot, generation: record fields whose values are scored apart, as 'held_out'
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,16 @@ def check(stage: Stage, where: str) -> None:
                 f'{place}.kind: {settings.kind} needs a {NEEDS[settings.kind]} task, this stage is {stage.task}: '
                 f'use {" or ".join(fitting)}'
             )
+        if settings.kind == 'generation' and settings.label != Eval.label:
+            raise UserError(
+                f"{place}.label: {settings.label!r} has no effect, the truth of a generation is its pipeline's "
+                'suffix: write suffix(…) there and leave label out'
+            )
+        if settings.kind == 'retrieval' and settings.slices:
+            raise UserError(
+                f'{place}.slices: {settings.slices} has no effect, retrieval ranks all examples among each other: '
+                'leave slices out, or make an evaluation with where={…} of each slice'
+            )
         transforms.parse(settings.pipeline, where=f'{place}.pipeline')
         sources.check(settings.dataset, settings.split, stage.data.data_dir, where=place)
         if settings.kind == 'generation':

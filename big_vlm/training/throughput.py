@@ -1,5 +1,6 @@
 """How fast training goes: examples per second, and the share of the machine's peak that the model's FLOPs take."""
 
+import re
 import time
 
 import jax
@@ -24,6 +25,8 @@ PEAKS = {
     'NVIDIA H200': 989e12,
     'NVIDIA B200': 2250e12,
     'NVIDIA L4': 121e12,
+    'NVIDIA L40': 181e12,
+    'NVIDIA L40S': 362e12,
     'Tesla V100': 125e12,
     'Tesla T4': 65e12,
 }
@@ -37,7 +40,7 @@ def peak_flops(mesh: Mesh) -> float:
     """
     device = next(d for d in mesh.devices.flat if d.process_index == jax.process_index())
     for name, peak in PEAKS.items():
-        if device.device_kind.startswith(name):
+        if re.match(rf'{re.escape(name)}\b', device.device_kind):  # whole words: an L40 is no L4
             return peak * mesh.devices.size
     machines = len({d.process_index for d in mesh.devices.flat}) if device.platform == 'cpu' else mesh.devices.size
     return _measured(device) * machines

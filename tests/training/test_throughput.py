@@ -33,7 +33,16 @@ class Device:
 
 @pytest.mark.parametrize(
     ('kind', 'peak'),
-    [('NVIDIA H100 80GB HBM3', 989e12), ('NVIDIA H100 PCIe', 756e12), ('TPU v5 lite', 197e12), ('TPU v5p', 459e12)],
+    [
+        ('NVIDIA H100 80GB HBM3', 989e12),
+        ('NVIDIA H100 PCIe', 756e12),
+        ('NVIDIA A100-SXM4-40GB', 312e12),
+        ('NVIDIA L4', 121e12),
+        ('NVIDIA L40', 181e12),
+        ('NVIDIA L40S', 362e12),
+        ('TPU v5 lite', 197e12),
+        ('TPU v5p', 459e12),
+    ],
 )
 def test_known_devices(kind, peak):
     class Mesh:

@@ -39,7 +39,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
 FSDP_MIN_SIZE = 2**16
 
 
-def param_shardings(shapes: Any, mesh: Mesh, rules: Sequence[Rule] = (), *, fsdp_min_size: int = FSDP_MIN_SIZE) -> Any:
+def param_shardings(shapes: Any, mesh: Mesh, rules: Sequence[Rule] = (), *, fsdp_min_size: int | None = None) -> Any:
     """A NamedSharding for every parameter.
 
     `rules` go before the default ones, which put heads, mlp and vocabulary on 'model' where those divide (one
@@ -50,11 +50,12 @@ def param_shardings(shapes: Any, mesh: Mesh, rules: Sequence[Rule] = (), *, fsdp
       shapes: pytree of arrays or ShapeDtypeStructs, as from `jax.eval_shape`.
       mesh: from `sharding.mesh.make_mesh`.
       rules: (regex, spec) pairs for parameters with names of their own.
-      fsdp_min_size: in elements.
+      fsdp_min_size: in elements; None: FSDP_MIN_SIZE.
 
     Raises:
       UserError: one of `rules` is no regex, matches no parameter, names an unknown axis, or does not fit the shape.
     """
+    fsdp_min_size = FSDP_MIN_SIZE if fsdp_min_size is None else fsdp_min_size
     rules = [(_compile(pattern), pattern, tuple(spec)) for pattern, spec in rules]
     defaults = [(re.compile(pattern), spec) for pattern, spec in DEFAULT_RULES]
     used = set()

@@ -127,3 +127,22 @@ def test_boxes_are_drawn_where_the_answer_says(answering, capsys):
     first, second = (np.asarray(Image.open(f'drawn/000{i}.png').convert('RGB')) for i in range(2))
     assert first.shape == (40, 40, 3) and second.shape == (40, 80, 3)
     assert (second[10, 20:61, 0] > 200).all()
+
+
+def test_a_trained_bundle_answers(micro_run, tmp_path, capsys):
+    """Nothing is replaced: files in, JSON out, and prompts that cannot be asked."""
+    picture = tmp_path / 'a.png'
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(picture)
+    words = [str(micro_run / 'multimodal' / 'bundle'), f'--image={picture}', '--max_new_tokens=4', '--json']
+    prompts = ['caption en', 'how many digits are there?', 'detect red three']
+    assert generate.main([*words, *(f'--prompt={prompt}' for prompt in prompts)]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line['image'], line['prompt']) for line in lines] == [(str(picture), prompt) for prompt in prompts]
+    for line in lines:
+        assert isinstance(line['text'], str) and 1 <= len(line['ids']) == len(line['log_probs']) <= 4
+        assert all(isinstance(i, int) for i in line['ids']) and all(value <= 0 for value in line['log_probs'])
+
+    for prompt, message in (('', 'prompts[0] is empty'), ('red three ' * 40, 'contract.text_length')):
+        assert generate.main([*words, f'--prompt={prompt}']) == 2
+        out, err = capsys.readouterr()
+        assert not out and message in err and err.startswith('error: ') and err.count('\n') == 1, err

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import io
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -64,8 +65,12 @@ class Tokenizer:
         if not texts:
             raise UserError('no text to train a tokenizer on: the pipelines of the training data produce none')
         model = _train(texts, vocab_size)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_bytes(model)
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Complete under its name, or not there: every restart reads it.
+        part = path.with_name(path.name + '.part')
+        part.write_bytes(model)
+        os.replace(part, path)
         return cls(model, str(path))
 
     def encode(self, text: str) -> list[int]:

@@ -72,6 +72,22 @@ def test_training_is_deterministic_and_loading_gives_the_same(trained, tmp_path)
     assert Tokenizer.load(tmp_path / 'saved.model').sha256 == trained.sha256
 
 
+def test_a_write_that_breaks_off_leaves_no_model(tmp_path, monkeypatch):
+    write = Path.write_bytes
+
+    def broken(path, data):
+        write(path, data[:100])
+        raise OSError('killed')
+
+    monkeypatch.setattr(Path, 'write_bytes', broken)
+    with pytest.raises(OSError, match='killed'):
+        Tokenizer.train(TEXTS, 320, tmp_path / 't.model')
+    assert not (tmp_path / 't.model').exists()
+    monkeypatch.undo()
+    Tokenizer.train(TEXTS, 320, tmp_path / 't.model')
+    assert [f.name for f in tmp_path.iterdir()] == ['t.model']
+
+
 @pytest.mark.parametrize('texts', [['a'], ['a red three', 'a blue seven'], ['x' * 500], ['12 34\n56']])
 def test_tiny_corpora_give_a_smaller_vocabulary(texts, tmp_path):
     tokenizer = Tokenizer.train(texts, 4096, tmp_path / 't.model')

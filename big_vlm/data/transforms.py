@@ -54,6 +54,12 @@ class Pipeline:
             if name in operations.TEXTS:
                 yield from operations.TEXTS[name](record, *args, **kwargs)
 
+    def check_size(self, image_size: int, where: str) -> None:
+        """Refuses a `resize` to another size than the contract's, as running it would: UserError, naming `where`."""
+        for name, args, kwargs in self._steps:
+            if name == 'resize' and (size := args[0] if args else kwargs['size']) != image_size:
+                raise UserError(f'{where}: resize({size}), but contract.image_size is {image_size}: make them the same')
+
     def __repr__(self) -> str:
         return f'Pipeline({self.text!r})'
 

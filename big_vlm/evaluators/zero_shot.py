@@ -13,6 +13,21 @@ from big_vlm.evaluators import scores as scores_lib
 from big_vlm.metrics import classification
 
 
+def check(templates: Sequence[str], classes: Sequence[str], where: str = 'zero-shot ') -> None:
+    """Refuses what cannot be embedded: no template, no class, a class named twice, a template without '{}'.
+
+    Raises UserError; `where` is what its key begins with: 'config.evals.NAME.'.
+    """
+    for name, values in (('templates', templates), ('classes', classes)):
+        if not values:
+            raise config.UserError(f'{where}{name}: give at least one')
+    if repeated := sorted({name for name in classes if list(classes).count(name) > 1}):
+        raise config.UserError(f'{where}classes: they must differ, but {repeated[0]!r} is there twice')
+    for template in templates:
+        if '{}' not in template:
+            raise config.UserError(f"{where}templates: {template!r} has no '{{}}' for the class name: write 'a {{}}'")
+
+
 def class_embeddings(
     embed_text: Callable[[list[str]], np.ndarray], templates: Sequence[str], classes: Sequence[str]
 ) -> np.ndarray:
@@ -27,15 +42,9 @@ def class_embeddings(
       float32 [C, E]: each prompt's embedding normalised, averaged over the templates, normalised again.
 
     Raises:
-      UserError: no template, no class, a class named twice, or a template without '{}'.
+      UserError: see `check`.
     """
-    if not templates or not classes:
-        raise config.UserError('zero-shot needs at least one template and one class')
-    if repeated := sorted({name for name in classes if list(classes).count(name) > 1}):
-        raise config.UserError(f'zero-shot classes must differ, but {repeated[0]!r} is there twice')
-    for template in templates:
-        if '{}' not in template:
-            raise config.UserError(f"zero-shot template {template!r} has no '{{}}' for the class name")
+    check(templates, classes)
     # Not str.format: a brace elsewhere in a template or a class name is just a character.
     texts = [template.replace('{}', name) for template in templates for name in classes]
     embeddings = _normalise(scores_lib.finite(embed_text(texts), 'text'))

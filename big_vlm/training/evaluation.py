@@ -44,7 +44,10 @@ def check(stage: Stage, where: str) -> None:
                 f'{place}.slices: {settings.slices} has no effect, retrieval ranks all examples among each other: '
                 'leave slices out, or make an evaluation with where={…} of each slice'
             )
-        transforms.parse(settings.pipeline, where=f'{place}.pipeline')
+        if settings.kind == 'zero_shot':
+            zero_shot.check(settings.templates, settings.classes, where=f'{place}.')
+        key = f'{place}.pipeline'
+        transforms.parse(settings.pipeline, where=key).check_size(stage.contract.image_size, where=key)
         sources.check(settings.dataset, settings.split, stage.data.data_dir, where=place)
         if settings.kind == 'generation':
             for metric in settings.metrics:

@@ -48,7 +48,8 @@ def check(stages: Mapping[str, Stage]) -> None:
         where = _where(stages, name)
         for key, source in stage.data.sources.items():
             place = f'{where}.data.sources.{key}'
-            transforms.parse(source.pipeline, where=f'{place}.pipeline')
+            pipeline = transforms.parse(source.pipeline, where=f'{place}.pipeline')
+            pipeline.check_size(stage.contract.image_size, where=f'{place}.pipeline')
             sources.check(source.dataset, source.split, stage.data.data_dir, where=place)
         evaluation.check(stage, where)
         try:

@@ -51,8 +51,8 @@ def test_scores_and_slices(capsys):
 @pytest.mark.parametrize(
     'change, message',
     [
-        ({'templates': ['a cat']}, "template 'a cat' has no '{}'"),
-        ({'templates': []}, 'at least one template'),
+        ({'templates': ['a cat']}, "zero-shot templates: 'a cat' has no '{}'"),
+        ({'templates': []}, 'templates: give at least one'),
         ({'classes': ['cat', 'cat']}, "'cat' is there twice"),
         ({'label_field': 'lable'}, "needs field 'lable', but its records have"),
         ({'classes': ['dog', 'doc'], 'templates': ['a dog{}']}, "unknown class 'cat'"),

@@ -5,7 +5,7 @@ import pytest
 
 from big_vlm import config
 from big_vlm.config import UserError
-from big_vlm.training import evaluation
+from big_vlm.training import evaluation, stages
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,15 @@ from big_vlm.training import evaluation
             {'label': 'caption'},
             r"answer\.label: 'caption' has no effect.*suffix.*leave label out",
         ),
+        ('pretrain', 'color', {'templates': ('a {} three', 'seven')}, r"color\.templates: 'seven' has no '\{\}'"),
+        ('pretrain', 'color', {'templates': ('',)}, r"color\.templates: '' has no '\{\}'"),
+        ('pretrain', 'color', {'classes': ('red', 'blue', 'red')}, r"color\.classes: .* 'red' is there twice"),
+        (
+            'pretrain',
+            'color',
+            {'pipeline': 'decode | resize(48)'},
+            r'color\.pipeline: resize\(48\), but contract\.image_size is 32',
+        ),
         ('pretrain', 'retrieval', {'slices': ('held_out',)}, r"retrieval\.slices: \('held_out',\) .*leave slices out"),
     ],
 )
@@ -27,3 +36,13 @@ def test_refused(stage, name, changes, message, tmp_path):
     with pytest.raises(UserError, match=r'config\.evals\.' + message) as error:
         evaluation.check(config.parse_stage(raw), 'config')
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('resize', ['resize(48)', 'resize(antialias=False, size=48)'])
+def test_a_source_of_another_size_is_refused(resize, tmp_path):
+    raw = micro_config.multimodal(str(tmp_path))
+    raw['data']['sources']['ask']['pipeline'] = f'decode | {resize} | question | tokenize'
+    raw.pop('init_from')
+    message = r'config\.data\.sources\.ask\.pipeline: resize\(48\), but contract\.image_size is 32: make them the same'
+    with pytest.raises(UserError, match=message):
+        stages.check(config.validate(raw))

@@ -65,10 +65,11 @@ def multimodal(args: dict) -> ConfigDict:
     stage.data.sources = dict(
         caption=source(args, train_pipeline(SIZE, CAPTION), weight=1.0),
         question=source(args, train_pipeline(SIZE, 'question'), weight=2.0),
-        detect=source(args, train_pipeline(SIZE, 'detect'), weight=1.0),
-        detect_all=source(args, train_pipeline(SIZE, 'detect("digit")'), weight=1.0),
-        read=source(args, read, weight=1.0),
-        read_one=source(args, read, weight=0.5) | dict(where=dict(num_digits=1)),
+        detect=source(args, train_pipeline(SIZE, 'detect'), weight=0.5),
+        detect_all=source(args, train_pipeline(SIZE, 'detect("digit")'), weight=0.5),
+        # Half of it reading, which is what all else waits for.
+        read=source(args, read, weight=2.0),
+        read_one=source(args, read, weight=2.0) | dict(where=dict(num_digits=1)),
     )
     stage.optimizer = adamw(1e-3)
     stage.evals = dict(

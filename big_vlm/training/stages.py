@@ -203,13 +203,37 @@ def _where(stages: Mapping[str, Stage], name: str) -> str:
 
 def _vocab_sizes(stages: Mapping[str, Stage]) -> dict[str, int]:
     """Of each stage's tokenizer; of one that is still to be trained, what it is asked to have."""
-    asked = max((stage.tokenizer.vocab_size for stage in stages.values() if not stage.tokenizer.path), default=0)
+    asked = _asked_size(stages)
     return {
         name: Tokenizer.load(stage.tokenizer.path).vocab_size
         if stage.tokenizer.path
         else asked + NUM_LOCATIONS + NUM_SEGMENTS
         for name, stage in stages.items()
     }
+
+
+def _asked_size(stages: Mapping[str, Stage]) -> int:
+    """Pieces of the tokenizer that all stages without a path share; 0 if there are none. UserError if they differ."""
+    sizes = {
+        f'{_where(stages, name)}.tokenizer.vocab_size': stage.tokenizer.vocab_size
+        for name, stage in stages.items()
+        if not stage.tokenizer.path
+    }
+    (first, size), *others = sizes.items() or [('', 0)]
+    for key, other in others:
+        if other != size:
+            raise UserError(
+                f'{first} is {size}, {key} is {other}: stages without tokenizer.path share one tokenizer: '
+                'set one size for all of them'
+            )
+    return size
+
+
+def _another_size(file: pathlib.Path, made: int, asked: int) -> UserError:
+    return UserError(
+        f'{file} was made with tokenizer.vocab_size {made}, this run has {asked}: choose another workdir, or set '
+        f'tokenizer.vocab_size to {made}'
+    )
 
 
 def _mesh(stage: Stage) -> Mesh:
@@ -220,18 +244,23 @@ def _tokenizers(workdir: pathlib.Path, stages: Mapping[str, Stage]) -> dict[str,
     """Given ones are loaded; the stages that have none share one, trained on all their text."""
     file = workdir / 'tokenizer.model'
     untold = {name: stage for name, stage in stages.items() if not stage.tokenizer.path}
+    size = _asked_size(stages)
 
     def train() -> None:
         if jax.process_index() == 0 and untold and not file.is_file():
             sections = [(stage.data, stage.contract.lower) for stage in untold.values()]
             texts = (text for data, lower in sections for text in loader.training_texts(data, lower))
-            size = max(stage.tokenizer.vocab_size for stage in untold.values())
             made = Tokenizer.train(texts, size, file)
             say(f'tokenizer: {made.vocab_size:,} ids, {file}')
 
     _one_at_a_time(train)
     given = {name: Tokenizer.load(stage.tokenizer.path) for name, stage in stages.items() if stage.tokenizer.path}
-    return given | ({} if not untold else dict.fromkeys(untold, Tokenizer.load(file)))
+    if not untold:
+        return given
+    shared = Tokenizer.load(file)
+    if shared.base > size:  # Fewer is what the text could fill; `_remember` knows what was asked.
+        raise _another_size(file, shared.base, size)
+    return given | dict.fromkeys(untold, shared)
 
 
 def _one_at_a_time(prepare: Callable[[], Any]) -> None:
@@ -261,6 +290,11 @@ def _remember(workdir: pathlib.Path, stages: Mapping[str, Stage]) -> None:
                 f'{workdir} was begun with another config ({"; ".join(changed[:3])}'
                 f'{"; …" if len(changed) > 3 else ""}): choose another --workdir, or remove this one'
             )
+        # What the tokenizer there was asked to have: it may have fewer pieces.
+        made = [section['tokenizer']['vocab_size'] for section in before.values() if not section['tokenizer']['path']]
+        asked, tokenizer = _asked_size(stages), workdir / 'tokenizer.model'
+        if asked and made and asked not in made and tokenizer.is_file():
+            raise _another_size(tokenizer, made[0], asked)
         now = before | now
     write_text(file, json.dumps(now, indent=1))
 

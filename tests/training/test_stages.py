@@ -169,6 +169,37 @@ def test_where_it_runs_and_what_it_logs_may_change(another, tiny_digit_scenes, m
     assert json.loads((another / 'config.json').read_text())['pretrain']['mesh']['fsdp'] == 2
 
 
+def test_an_unfinished_tokenizer_of_another_size_is_refused(tiny_digit_scenes, tmp_path):
+    """Before any stage has begun; the text fills fewer pieces than the 5000, which is no reason to refuse it."""
+    sizes = {size: make(tiny_digit_scenes, **asking(size)) for size in (300, 320, 5000)}
+    workdir = tmp_path / 'run'
+    workdir.mkdir()
+    for asked, other in ((320, 300), (320, 5000), (5000, 320)):
+        (workdir / 'tokenizer.model').unlink(missing_ok=True)
+        stages._remember(workdir, sizes[asked])
+        made = stages._tokenizers(workdir, sizes[asked])['pretrain']
+        assert made.base <= asked
+        with pytest.raises(UserError, match=rf'made with tokenizer\.vocab_size {asked}, this run has {other}: choose'):
+            stages._remember(workdir, sizes[other])
+        stages._remember(workdir, sizes[asked])
+        assert stages._tokenizers(workdir, sizes[asked])['transfer'].sha256 == made.sha256
+    with pytest.raises(UserError, match=rf'made with tokenizer\.vocab_size {made.base}, this run has 300: choose'):
+        stages._tokenizers(workdir, sizes[300])
+
+
+def asking(size):
+    return {f'{name}__tokenizer': {'vocab_size': size} for name in STAGES}
+
+
+def test_stages_that_share_a_tokenizer_ask_for_one_size(tmp_path):
+    made = make(str(tmp_path), transfer__tokenizer={'vocab_size': 512})
+    with pytest.raises(
+        UserError,
+        match=r'config\.pretrain\.tokenizer\.vocab_size is 384, config\.transfer\.tokenizer\.vocab_size is 512',
+    ):
+        stages.check(made)
+
+
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [

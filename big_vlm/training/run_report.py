@@ -50,10 +50,10 @@ def make(
         model = bundle.load(bundles[name])
         parameters[f'{name}: parameters'] = f'{sum(x.size for x in jax.tree.leaves(model.params)):,}'
         if stage.task == 'contrastive':
-            drawn['similarity'] = _similarity(model) or drawn['similarity']
+            drawn['similarity'] = _similarity(model, stage) or drawn['similarity']
         else:
             talked = len(drawn['answers'])
-            _talk(model, drawn)
+            _talk(model, stage, drawn)
             for answer in drawn['answers'][talked : talked + 1]:
                 Image.fromarray(answer.image).save(folder / 'example.png')
                 asked = f'--image={folder / "example.png"} --prompt={shlex.quote(answer.prompt)}'
@@ -75,33 +75,36 @@ def make(
     return path, commands
 
 
-def _examples(model: Bundle, settings: Eval, count: int) -> list[tuple[np.ndarray, dict[str, Any]]]:
-    """(image uint8 [H,W,3], record) of the first examples of an evaluation."""
+def _examples(model: Bundle, stage: Stage, settings: Eval, count: int) -> list[tuple[np.ndarray, dict[str, Any]]]:
+    """(image uint8 [H,W,3], record) of the first examples of an evaluation.
+
+    `stage`: today's; where the data lies and what is evaluated may have changed since the bundle was made.
+    """
     mesh = meshes.make_mesh(data=1, devices=jax.local_devices()[:1])
-    batches = Evaluator(model.stage, model.task, model.contract, model.tokenizer, mesh).batches(settings, count)
+    batches = Evaluator(stage, model.task, model.contract, model.tokenizer, mesh).batches(settings, count)
     pairs = (
         (image, record) for batch, records in batches for image, record in zip(batch['image'], records, strict=False)
     )
     return [(image[0] if image.ndim == 4 else image, record) for image, record in itertools.islice(pairs, count)]
 
 
-def _similarity(model: Bundle) -> report.Similarity | None:
+def _similarity(model: Bundle, stage: Stage) -> report.Similarity | None:
     """Of the first evaluation that has captions, one pair per caption."""
-    settings = next((e for e in model.stage.evals.values() if e.kind == 'retrieval'), None)
+    settings = next((e for e in stage.evals.values() if e.kind == 'retrieval'), None)
     if settings is None:
         return None
-    pairs = {record[settings.label]: image for image, record in reversed(_examples(model, settings, 2 * _PAIRS))}
+    pairs = {record[settings.label]: image for image, record in reversed(_examples(model, stage, settings, 2 * _PAIRS))}
     captions, images = list(pairs)[:_PAIRS], list(pairs.values())[:_PAIRS]
     z = model.embed(images=images, texts=captions)
     return report.Similarity(z['image'] @ z['text'].T, images, captions)
 
 
-def _talk(model: Bundle, drawn: dict[str, Any]) -> None:
+def _talk(model: Bundle, stage: Stage, drawn: dict[str, Any]) -> None:
     """Answers to the first examples of every generative evaluation, and the attention of some of them."""
-    for settings in model.stage.evals.values():
+    for settings in stage.evals.values():
         if settings.kind != 'generation':
             continue
-        examples = _examples(model, settings, _ANSWERS)
+        examples = _examples(model, stage, settings, _ANSWERS)
         images, records = [image for image, _ in examples], [record for _, record in examples]
         # One length for all evaluations, and so one compilation.
         answers = model.generate(images, [record['prefix'] for record in records], max_new_tokens=_NEW_TOKENS)

@@ -18,7 +18,7 @@ from big_vlm.config import UserError
 from big_vlm.data.tokenizer import Tokenizer
 from big_vlm.ops import position_resize
 from big_vlm.reports.writers import read_csv
-from big_vlm.training import initial_weights, stages
+from big_vlm.training import initial_weights, run_report, stages
 from big_vlm.training import step as steps
 
 STAGES = ('pretrain', 'multimodal', 'transfer')
@@ -198,6 +198,18 @@ def test_stages_that_share_a_tokenizer_ask_for_one_size(tmp_path):
         match=r'config\.pretrain\.tokenizer\.vocab_size is 384, config\.transfer\.tokenizer\.vocab_size is 512',
     ):
         stages.check(made)
+
+
+def test_the_report_reads_the_stages_of_today(another, tiny_digit_scenes):
+    """Evaluations may be gone and data may have moved since the bundles were made."""
+    made = make('/gone', **{f'{name}__evals': {} for name in STAGES})
+    _, commands = run_report.make(made, another, {name: another / name / 'bundle' for name in STAGES}, 'micro.py')
+    assert commands == {}
+    bundle = big_vlm.load(another / 'pretrain' / 'bundle')
+    bundle.stage = make('/gone')['pretrain']
+    today = make(tiny_digit_scenes)['pretrain']
+    [(image, record)] = run_report._examples(bundle, today, today.evals['retrieval'], 1)
+    assert image.shape == (32, 32, 3) and record['caption']
 
 
 @pytest.mark.parametrize(

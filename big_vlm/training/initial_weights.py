@@ -20,18 +20,19 @@ from big_vlm.ops import position_resize
 POSITION = 'img/pos_embedding'
 
 
-def check(stage: Stage, shapes: Mapping[str, Any], name: str, where: str) -> None:
+def check(stages: Mapping[str, Stage], shapes: Mapping[str, Any], name: str, where: str) -> None:
     """Refuses, before anything is trained, weights that are not there or do not fit.
 
     Args:
-      stage: validated.
+      stages: validated.
       shapes: stage → its parameters' shapes, of this stage and the earlier ones.
       name, where: the stage's, and its dotted key.
 
     Raises:
       UserError: no such folder, a folder of something else, an unknown part, missing or misshapen parameters, a regex
-        of `fresh` that matches none; text weights from `path` without the tokenizer they were trained with.
+        of `fresh` that matches none; text weights without the tokenizer they were trained with.
     """
+    stage = stages[name]
     init = stage.init_from
     if not (init.stage or init.path):
         return
@@ -55,8 +56,12 @@ def check(stage: Stage, shapes: Mapping[str, Any], name: str, where: str) -> Non
         found = _below(theirs, stored)
         if not found:
             raise config.unknown('part', theirs, _tops(stored), f'{where}.parts')
-        if init.path and ours.split('/')[0] != 'img':
-            _check_tokenizer(stage.tokenizer.path, folder / 'tokenizer.model', where)
+        if ours.split('/')[0] != 'img':
+            given = stage.tokenizer.path
+            if init.path:
+                _check_tokenizer(given, folder / 'tokenizer.model', where)
+            else:
+                _check_stage_tokenizer(given, stages[init.stage].tokenizer.path, where)
         if _resized(init, ours, wanted, found):
             wanted = {path: leaf for path, leaf in wanted.items() if path != _position(ours)}
         trees.check_same(wanted, found, f'{where}: {init.stage or init.path}', partial=True)
@@ -69,6 +74,17 @@ def _check_tokenizer(given: str, own: pathlib.Path, where: str) -> None:
             f'{where}.path: its text weights belong to its tokenizer{f", and {given} is another" if given else ""}: '
             f"set tokenizer.path (a bundle has it as {own}), or take parts={{'img': 'img'}} alone"
         )
+
+
+def _check_stage_tokenizer(given: str, theirs: str, where: str) -> None:
+    """The same between two stages of a run. Those that are given none share one."""
+    if given == theirs or (given and theirs and Tokenizer.load(given).sha256 == Tokenizer.load(theirs).sha256):
+        return
+    raise UserError(
+        f'{where}.stage: its text weights belong to its tokenizer, {theirs or "which the run trains"}, and '
+        f'{given or "the one which the run trains"} is another: set tokenizer.path alike in both stages, or take '
+        "parts={'img': 'img'} alone"
+    )
 
 
 def make(init: InitFrom, bundles: Mapping[str, pathlib.Path], where: str) -> Callable[[Any], Any] | None:

@@ -68,7 +68,7 @@ def check(stages: Mapping[str, Stage]) -> None:
             examples_per_epoch=1,
             where=f'{where}.optimizer',
         )
-        initial_weights.check(stage, shapes, name, where)
+        initial_weights.check(stages, shapes, name, where)
 
 
 def run(stages: Mapping[str, Stage], workdir: str | os.PathLike) -> dict[str, pathlib.Path]:

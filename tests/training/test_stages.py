@@ -265,6 +265,21 @@ def test_text_weights_come_with_their_tokenizer(micro_run, tiny_digit_scenes, tm
         stages.check(config.validate(raw | {'tokenizer': {'path': str(tmp_path / 'other.model')}}))
 
 
+def test_text_weights_of_a_stage_come_with_its_tokenizer(tmp_path):
+    for name in ('one', 'other'):
+        Tokenizer.train([f'some words of {name}'] * 50, 280, tmp_path / f'{name}.model')
+    shutil.copy(tmp_path / 'one.model', tmp_path / 'same.model')
+    one, other, same = ({'path': str(tmp_path / f'{name}.model')} for name in ('one', 'other', 'same'))
+    for theirs, ours in ((one, {}), ({}, one), (one, other)):
+        # The image tower alone may come from a stage with any tokenizer.
+        made = make(str(tmp_path), pretrain__tokenizer=other, multimodal__tokenizer=theirs, transfer__tokenizer=ours)
+        with pytest.raises(
+            UserError, match=r'transfer\.init_from\.stage: its text weights belong .*is another: set token'
+        ):
+            stages.check(made)
+    stages.check(make(str(tmp_path), multimodal__tokenizer=one, transfer__tokenizer=same))
+
+
 def test_a_long_warmup_of_a_long_run_is_valid(tmp_path):
     stages.check(
         {

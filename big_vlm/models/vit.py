@@ -93,6 +93,11 @@ class PatchEmbedding(nn.Module):
         kernel = self.param('kernel', nn.initializers.lecun_normal(), (p, p, image.shape[-1], self.width))
         bias = self.param('bias', nn.initializers.zeros, (self.width,))
         height, width = image.shape[1] // p, image.shape[2] // p
+        if not height or not width:
+            raise UserError(
+                f'an image of {image.shape[1]}x{image.shape[2]} pixels holds no patch of {p}: raise '
+                'contract.image_size or take a smaller patch'
+            )
         x = image[:, : height * p, : width * p].astype(self.dtype)
         x = einops.rearrange(x, 'B (h p) (w q) C -> (B h w) (p q C)', p=p, q=p)
         x = x @ kernel.reshape(-1, self.width).astype(self.dtype) + bias.astype(self.dtype)

@@ -51,6 +51,13 @@ def test_what_cannot_be_is_refused_in_one_line(fields, message):
         _ = vit.ViT(**{'variant': 'B/16', **fields}).sizes
 
 
+def test_an_image_smaller_than_a_patch_is_refused():
+    model = vit.ViT(**TINY)
+    assert random_params(model, size=4)['pos_embedding'].shape == (1, 1, 16)
+    with pytest.raises(config.UserError, match=r'3x3 pixels holds no patch of 4: raise contract\.image_size'):
+        random_params(model, size=3)
+
+
 def test_patch_embedding_is_a_valid_strided_convolution():
     x, kernel = image(14), np.random.default_rng(0).normal(size=(4, 4, 3, 5)).astype(np.float32)
     bias = np.arange(5, dtype=np.float32)

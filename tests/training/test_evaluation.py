@@ -46,3 +46,12 @@ def test_a_source_of_another_size_is_refused(resize, tmp_path):
     message = r'config\.data\.sources\.ask\.pipeline: resize\(48\), but contract\.image_size is 32: make them the same'
     with pytest.raises(UserError, match=message):
         stages.check(config.validate(raw))
+
+
+@pytest.mark.parametrize('stage', ['pretrain', 'multimodal'])
+def test_an_image_smaller_than_a_patch_is_refused(stage, tmp_path):
+    raw = getattr(micro_config, stage)(str(tmp_path))
+    raw.pop('init_from', None)
+    raw['model']['image'] = raw['model']['image'] | {'variant': 'mu/64'}
+    with pytest.raises(UserError, match=r'^config: an image of 32x32 .* no patch of 64: raise contract\.image_size'):
+        stages.check(config.validate(raw))

@@ -77,6 +77,8 @@ def _is_plain_png(data: bytes) -> bool:
     """Complete, 8-bit RGB without interlace or orientation, and of a size that may be decoded."""
     if not data.startswith(_PNG_START) or not data.endswith(_PNG_END) or b'eXIf' in data:
         return False
+    if len(data) < 29:  # no room for a header
+        return False
     width, height, depth, color, _, _, interlace = struct.unpack('>IIBBBBB', data[16:29])
     return (depth, color, interlace) == (8, 2, 0) and 0 < width * height <= MAX_PIXELS
 

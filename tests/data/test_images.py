@@ -69,6 +69,13 @@ def test_broken_pictures(cut):
             images.decode(data[:cut])
 
 
+def test_a_png_without_a_header():
+    data = b'\x89PNG\r\n\x1a\n' + b'\0\0\0\0IEND\xaeB`\x82'
+    for cut in (data, data[:8] + data[12:]):
+        with pytest.raises(UserError, match='^photo: .*image'):
+            images.prepare(cut, CONTRACT, where='photo')
+
+
 def test_corrupt_pixels_are_refused():
     data = bytearray(encoded(Image.fromarray(np.tile(PICTURE, (4, 4, 1))), 'png'))
     data[200:220] = bytes(20)

@@ -7,21 +7,21 @@ import sys
 
 EXAMPLES = """examples:
   One question about one picture:
-    python -m tools.generate runs/tour/transfer/bundle --image=scene.png --prompt='caption en'
+    python -m tools.generate runs/quickstart/multimodal/bundle --image=scene.png --prompt='caption en'
 
   Several questions about it, or one question about several pictures:
     python -m tools.generate BUNDLE --image=scene.png --prompt='caption en' --prompt='how many digits are there?'
     python -m tools.generate BUNDLE --image=a.png --image=b.png --prompt='caption en'
 
   A question for each picture (the same number of both, paired in order):
-    python -m tools.generate BUNDLE --image=a.png --prompt='caption en' --image=b.png --prompt='what digit is red?'
+    python -m tools.generate BUNDLE --image=a.png --prompt='caption en' --image=b.png --prompt='which digit is red?'
 
   One line of JSON per answer, written as soon as it is there:
     python -m tools.generate BUNDLE --image=scene.png --prompt='caption en' --json
     {"image": "scene.png", "prompt": "caption en", "text": "a red three", "ids": [..., 1], "log_probs": [-0.02, ...]}
 
   Boxes: draw what a 'detect' prompt found (for several answers name a folder):
-    python -m tools.generate BUNDLE --image=scene.png --prompt='detect three' --draw=found.png
+    python -m tools.generate BUNDLE --image=scene.png --prompt='detect red three' --draw=found.png
 
   A sampled answer; another seed gives another one, the same seed the same one again:
     python -m tools.generate BUNDLE --image=scene.png --prompt='caption en' --temperature=1 --seed=3

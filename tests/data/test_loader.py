@@ -160,7 +160,7 @@ def test_a_record_seen_twice_gets_another_question(tiny_digit_scenes, tokenizer,
 class Damaged:
     """A source some of whose pictures are cut short, or whose records cannot be read at all."""
 
-    def __init__(self, source, broken, unreadable):
+    def __init__(self, source, broken, unreadable=False):
         self.source, self.broken, self.name, self.features = source, set(broken), 'damaged', source.features
         self.unreadable = unreadable
 

@@ -56,8 +56,8 @@ def make(
             _talk(model, stage, drawn)
             for answer in drawn['answers'][talked : talked + 1]:
                 Image.fromarray(answer.image).save(folder / 'example.png')
-                asked = f'--image={folder / "example.png"} --prompt={shlex.quote(answer.prompt)}'
-                commands[f'ask {name}'] = f'python -m tools.generate {bundles[name]} {asked}'
+                words = (str(bundles[name]), f'--image={folder / "example.png"}', f'--prompt={answer.prompt}')
+                commands[f'ask {name}'] = shlex.join(['python', '-m', 'tools.generate', *words])
     path = workdir / 'report.html'
     report.write(
         path,

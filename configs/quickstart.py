@@ -35,7 +35,7 @@ def pretrain(args: dict, size: int = 48, text: int = 16) -> ConfigDict:
     """A dual encoder of scenes and their captions."""
     stage = base(args, size, text)
     stage.task = 'contrastive'
-    stage.total = dict(steps=20 if args['smoke'] else 1200)
+    stage.total = dict(steps=20 if args['smoke'] else 1100)
     stage.batch_size = 64
     stage.model.update(
         image=image_tower(),
@@ -44,7 +44,7 @@ def pretrain(args: dict, size: int = 48, text: int = 16) -> ConfigDict:
     looks = f'decode | resize({size})'
     # Colour and place tell most scenes apart: texts of digits alone, in any colour, are the reason to read them.
     stage.data.sources = dict(
-        captions=source(args, f'{looks} | text("caption")', weight=1.2),
+        captions=source(args, f'{looks} | text("caption")', weight=1.35),
         digits=source(args, f'{looks} | shuffle_channels | text("reading")', weight=1.0),
     )
     stage.optimizer = adamw(1e-3)
@@ -77,7 +77,7 @@ def multimodal(args: dict, size: int = 48, text: int = 20) -> ConfigDict:
     """The whole of a PaliGemma on a mixture: captions, questions, boxes, reading."""
     stage = base(args, size, text)
     stage.task = 'generative'
-    stage.total = dict(steps=20 if args['smoke'] else 1600)
+    stage.total = dict(steps=20 if args['smoke'] else 1400)
     stage.batch_size = 48
     stage.model.update(image=image_tower(), decoder=decoder())
     stage.init_from = dict(stage='pretrain', parts={'img': 'img'}, fresh=('img/head/.*',))
@@ -102,7 +102,7 @@ def transfer(args: dict, size: int = 64, text: int = 20) -> ConfigDict:
     """One task, naming colours, at a higher resolution: the position embedding is resized on the way in."""
     stage = base(args, size, text)
     stage.task = 'generative'
-    stage.total = dict(steps=20 if args['smoke'] else 300)
+    stage.total = dict(steps=20 if args['smoke'] else 250)
     stage.batch_size = 32
     stage.model.update(image=image_tower(), decoder=decoder())
     stage.init_from = dict(stage='multimodal')

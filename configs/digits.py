@@ -39,6 +39,7 @@ def pretrain(args: dict) -> ConfigDict:
     """The quickstart's dual encoder of digits in cells, in patches of the size that the free scenes need."""
     stage = quickstart.pretrain(args | {'layout': 'cells'}, text=TEXT)
     stage.total = dict(steps=20 if args['smoke'] else 1000)
+    stage.data.sources.captions.weight = 1.2
     stage.model.update(towers())
     return stage
 

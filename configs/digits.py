@@ -4,7 +4,7 @@ A vision transformer that starts on such scenes stays at chance for tens of thou
 in cells goes on to read one anywhere, and then several. So the first dual encoder and the first steps of reading are of
 cells, and the dual encoder of free scenes comes after the multimodal stage, on an image tower that can read by then.
 
-About 90 minutes on two CPU cores. It may run in pieces, in the background: stopped (Ctrl-C, SIGTERM, SIGKILL) and
+Much longer than the quickstart. It may run in pieces, in the background: stopped (Ctrl-C, SIGTERM, SIGKILL) and
 started again, it goes on where it was.
 
     --config=configs/digits.py

@@ -1,6 +1,6 @@
 """The main job in miniature: pretrain a SigLIP, grow it into a PaliGemma, transfer it, on handwriting that ships along.
 
-Ten minutes on two CPU cores. Scenes hold one or two scanned digits in 16 px cells (`digit_scenes/cells`).
+Made for ten minutes on two CPU cores. Scenes hold one or two scanned digits in 16 px cells (`digit_scenes/cells`).
 
     --config=configs/quickstart.py              the real thing
     --config=configs/quickstart.py:smoke        a few steps of every stage, on tiny splits, to see that all of it runs

@@ -274,6 +274,7 @@ ORDERLY = {
     'tests/test_a.py': '"""D."""\nimport pickle\n',
 }
 
+# Faults as text, for the checker to find; none of them runs.
 # file → (the line added to it, or its whole text; what the checker says)
 PLANTED = [
     ('big_vlm/ops/masks.py', 'from big_vlm.models import vit', 'ops imports models, which stands below it'),

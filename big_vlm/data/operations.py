@@ -48,13 +48,18 @@ def resize(
 ) -> None:
     """uint8 [H,W,3] → uint8 [size,size,3]; the contract decides what is left open."""
     contract = context.contract
-    if size != contract.image_size:
-        raise UserError(f'resize({size}), but contract.image_size is {contract.image_size}: make them the same')
+    check_size(size, contract.image_size)
     picture = _field(example, 'image')
     if not isinstance(picture, np.ndarray):
         raise UserError('resize before decode: write decode | resize(…)')
     smooth = contract.antialias if antialias is None else antialias
     example['image'] = images.resize(picture, size, method or contract.resample, smooth)
+
+
+def check_size(size: int, image_size: int) -> None:
+    """Refuses a resize to another size than the contract's: UserError."""
+    if size != image_size:
+        raise UserError(f'resize({size}), but contract.image_size is {image_size}: make them the same')
 
 
 def shuffle_channels(example: Example, context: 'Context') -> None:

@@ -48,7 +48,7 @@ class Source:
         return self._read(self._stored[index])
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
-        """Several records at once: a quarter of the time of one by one."""
+        """Several records at once, in less than half the time of one by one."""
         return [self._read(stored) for stored in self._stored.__getitems__(list(indices))]
 
     def original(self, index: int) -> int:
@@ -99,7 +99,7 @@ def load(dataset: str, split: str, data_dir: str = '') -> Source:
         _check_split(split, builder.info.splits, dataset)
         try:
             stored = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-        except (ValueError, NotImplementedError) as error:
+        except (ValueError, NotImplementedError) as error:  # the latter: TFDS, of files that are not ArrayRecord
             raise UserError(f'cannot read split {split!r} of {dataset} in {folder}: {_first_line(error)}') from error
         return Source(f'{dataset}:{split}', stored, builder.info.features)
 

@@ -57,8 +57,11 @@ class Pipeline:
     def check_size(self, image_size: int, where: str) -> None:
         """Refuses a `resize` to another size than the contract's, as running it would: UserError, naming `where`."""
         for name, args, kwargs in self._steps:
-            if name == 'resize' and (size := args[0] if args else kwargs['size']) != image_size:
-                raise UserError(f'{where}: resize({size}), but contract.image_size is {image_size}: make them the same')
+            if name == 'resize':
+                try:
+                    operations.check_size(args[0] if args else kwargs['size'], image_size)
+                except UserError as error:
+                    raise UserError(f'{where}: {error}') from None
 
     def __repr__(self) -> str:
         return f'Pipeline({self.text!r})'

@@ -33,7 +33,7 @@ def randomize(model, seed=0):
         for name, p in model.named_parameters():
             spread = 1e-2 if 'embed' in name else 0.3
             p.copy_(spread * torch.randn(p.shape, generator=generator) + (1.0 if _is_layer_norm(name) else 0.0))
-    return model.eval()
+    return model.eval()  # torch's inference mode: no dropout
 
 
 def _is_layer_norm(name):

@@ -40,7 +40,7 @@ def pretrain(args: dict) -> ConfigDict:
     stage = quickstart.pretrain(args | {'layout': 'cells'}, text=TEXT)
     stage.total = dict(steps=20 if args['smoke'] else 1000)
     stage.data.sources.captions.weight = 1.2
-    stage.model.update(towers())
+    stage.model = towers()
     return stage
 
 
@@ -103,7 +103,7 @@ def dual(args: dict) -> ConfigDict:
     """A dual encoder of free scenes, on the image tower that has learnt to read."""
     stage = quickstart.pretrain(args, SIZE, TEXT)
     stage.total = dict(steps=20 if args['smoke'] else 500)
-    stage.model.update(towers())
+    stage.model = towers()
     stage.init_from = dict(stage='multimodal', parts={'img': 'img'}, fresh=('img/MAPHead_0/.*',))
     return stage
 
@@ -125,8 +125,9 @@ def transfer(args: dict) -> ConfigDict:
 
 
 def towers() -> dict:
+    # Whole, not merged into the quickstart's: that one's image tower learns its position embedding.
     text = dict(variant='Ti', width=128, depth=2, mlp_dim=256, num_heads=4, pool='mean', mask=True, embed_init=0.5)
-    return dict(image=image_tower(), text=text)
+    return dict(scan=False, image=image_tower(), text=text)
 
 
 def image_tower() -> dict:

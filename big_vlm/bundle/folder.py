@@ -34,15 +34,7 @@ def load(path: str | os.PathLike, *, mesh: Mesh | None = None) -> Bundle:
         other than the one it was trained with.
     """
     path = pathlib.Path(path).expanduser()
-    description = _describe(path)
-    where = path / 'bundle.json'
-    try:
-        contract = Contract.from_dict(description['contract'])
-        stage = config.parse_stage(description['config'], 'config')
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f'{where}: damaged or not a bundle ({type(error).__name__}: {error})') from None
-    except UserError as error:
-        raise UserError(f'{where}: {error}') from None
+    stage, contract, scores = describe(path)
     tokenizer = Tokenizer.load(str(path / 'tokenizer.model'))
     if tokenizer.sha256 != contract.tokenizer_sha256:
         raise UserError(
@@ -59,7 +51,7 @@ def load(path: str | os.PathLike, *, mesh: Mesh | None = None) -> Bundle:
         rules.param_shardings(shapes, mesh),
     )
     params = weights.load_weights(path / 'weights', placed)
-    return Bundle(stage, contract, tokenizer, params, mesh, description.get('scores', {}))
+    return Bundle(stage, contract, tokenizer, params, mesh, scores)
 
 
 def save(
@@ -116,6 +108,19 @@ def save(
         (temporary / 'bundle.json').write_text(text, encoding='utf-8')
         _replace(temporary, path)
     _wait('bundle: done')
+
+
+def describe(path: pathlib.Path) -> tuple[config.Stage, Contract, dict[str, Any]]:
+    """(config, contract, scores) of a bundle, its weights unread. Raises UserError as `load` does."""
+    description = _describe(path)
+    try:
+        stage = config.parse_stage(description['config'], 'config')
+        return stage, Contract.from_dict(description['contract']), description.get('scores', {})
+    except (KeyError, TypeError, ValueError) as error:
+        why = f'damaged or not a bundle ({type(error).__name__}: {error})'
+    except UserError as error:
+        why = str(error)
+    raise UserError(f'{path / "bundle.json"}: {why}')
 
 
 def _describe(path: pathlib.Path) -> dict[str, Any]:

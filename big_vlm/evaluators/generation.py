@@ -48,10 +48,13 @@ METRICS = {
 }
 
 
-def metric(name: str) -> Metric:
-    """The metric of that name: 'exact_match', or 'box_iou' for answers of location tokens. UserError otherwise."""
+def metric(name: str, where: str = '') -> Metric:
+    """The metric of that name: 'exact_match', or 'box_iou' for answers of location tokens.
+
+    Raises UserError for others, with `where`, the dotted key that names it.
+    """
     if name not in METRICS:
-        raise config.unknown('metric', name, METRICS)
+        raise config.unknown('metric', name, METRICS, where)
     return METRICS[name]
 
 

@@ -22,6 +22,19 @@ from big_vlm.sharding import mesh as meshes
 from big_vlm.tasks import Task
 
 NEEDS = {'zero_shot': 'contrastive', 'retrieval': 'contrastive', 'generation': 'generative'}
+# Settings that not every kind takes, and what does instead what one might have meant.
+TAKEN_BY = {
+    'label': ('zero_shot', 'retrieval'),
+    'classes': ('zero_shot',),
+    'templates': ('zero_shot',),
+    'metrics': ('generation',),
+    'max_new_tokens': ('generation',),
+    'slices': ('zero_shot', 'generation'),
+}
+INSTEAD = {
+    ('generation', 'label'): ', the truth is the suffix(…) of its pipeline',
+    ('retrieval', 'slices'): ', or make an evaluation with where={…} of each slice',
+}
 
 
 def check(stage: Stage, where: str) -> None:
@@ -34,16 +47,13 @@ def check(stage: Stage, where: str) -> None:
                 f'{place}.kind: {settings.kind} needs a {NEEDS[settings.kind]} task, this stage is {stage.task}: '
                 f'use {" or ".join(fitting)}'
             )
-        if settings.kind == 'generation' and settings.label != Eval.label:
-            raise UserError(
-                f"{place}.label: {settings.label!r} has no effect, the truth of a generation is its pipeline's "
-                'suffix: write suffix(…) there and leave label out'
-            )
-        if settings.kind == 'retrieval' and settings.slices:
-            raise UserError(
-                f'{place}.slices: {settings.slices} has no effect, retrieval ranks all examples among each other: '
-                'leave slices out, or make an evaluation with where={…} of each slice'
-            )
+        for key, kinds in TAKEN_BY.items():
+            value = getattr(settings, key)
+            if settings.kind not in kinds and value != getattr(Eval, key):
+                raise UserError(
+                    f'{place}.{key}: {value!r} has no effect, it is for {" and ".join(kinds)}: leave {key} out'
+                    f'{INSTEAD.get((settings.kind, key), "")}'
+                )
         if settings.kind == 'zero_shot':
             zero_shot.check(settings.templates, settings.classes, where=f'{place}.')
         key = f'{place}.pipeline'
@@ -51,7 +61,7 @@ def check(stage: Stage, where: str) -> None:
         sources.check(settings.dataset, settings.split, stage.data.data_dir, where=place)
         if settings.kind == 'generation':
             for metric in settings.metrics:
-                generation.metric(metric)
+                generation.metric(metric, f'{place}.metrics')
 
 
 class Evaluator:

@@ -11,13 +11,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from big_vlm import checkpoints, config
+from big_vlm import bundle, checkpoints, config
 from big_vlm.checkpoints import trees
 from big_vlm.config import InitFrom, Stage, UserError
+from big_vlm.data.contract import Contract
 from big_vlm.data.tokenizer import Tokenizer
 from big_vlm.ops import position_resize
 
 POSITION = 'img/pos_embedding'
+# What weights expect of their inputs at any resolution and length: those of the image tower, and all others.
+OF_PIXELS, OF_TEXT = ('value_range',), ('lower', 'separator')
 
 
 def check(stages: Mapping[str, Stage], shapes: Mapping[str, Any], name: str, where: str) -> None:
@@ -30,7 +33,8 @@ def check(stages: Mapping[str, Stage], shapes: Mapping[str, Any], name: str, whe
 
     Raises:
       UserError: no such folder, a folder of something else, an unknown part, missing or misshapen parameters, a regex
-        of `fresh` that matches none; text weights without the tokenizer they were trained with.
+        of `fresh` that matches none; text weights without the tokenizer they were trained with, and any without the
+        pixel range, case or separator.
     """
     stage = stages[name]
     init = stage.init_from
@@ -52,10 +56,13 @@ def check(stages: Mapping[str, Stage], shapes: Mapping[str, Any], name: str, whe
         stored = trees.flat(shapes[init.stage] if init.stage else checkpoints.weight_shapes(folder))
     except UserError as error:
         raise UserError(f'{where}.path: {error}') from None
+    trained_with = stages[init.stage].contract if init.stage else _contract(folder)
     for ours, theirs, wanted in _parts(init, params, where):
         found = _below(theirs, stored)
         if not found:
             raise config.unknown('part', theirs, _tops(stored), f'{where}.parts')
+        if trained_with:
+            _check_contract(ours, stage.contract, trained_with, where)
         if ours.split('/')[0] != 'img':
             given = stage.tokenizer.path
             if init.path:
@@ -65,6 +72,23 @@ def check(stages: Mapping[str, Stage], shapes: Mapping[str, Any], name: str, whe
         if _resized(init, ours, wanted, found):
             wanted = {path: leaf for path, leaf in wanted.items() if path != _position(ours)}
         trees.check_same(wanted, found, f'{where}: {init.stage or init.path}', partial=True)
+
+
+def _contract(folder: pathlib.Path) -> Contract | None:
+    """What the weights of a bundle were trained with; other folders of weights don't tell."""
+    return bundle.describe(folder)[1] if (folder / 'bundle.json').is_file() else None
+
+
+def _check_contract(part: str, ours: config.Contract, theirs: config.Contract | Contract, where: str) -> None:
+    """Pixels and text mean the same to the weights and to the run."""
+    top = part.split('/')[0]
+    for key in (OF_PIXELS if top in ('', 'img') else ()) + (OF_TEXT if top != 'img' else ()):
+        here, there = getattr(ours, key), getattr(theirs, key)
+        if here != there:
+            raise UserError(
+                f'{where}: its weights were trained with contract.{key} {there!r}, this stage has {here!r}: '
+                'set it to theirs'
+            )
 
 
 def _check_tokenizer(given: str, own: pathlib.Path, where: str) -> None:

@@ -8,6 +8,7 @@ A stage whose bundle is there is finished and skipped; one that has a checkpoint
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -52,12 +53,10 @@ def check(stages: Mapping[str, Stage]) -> None:
             pipeline.check_size(stage.contract.image_size, where=f'{place}.pipeline')
             sources.check(source.dataset, source.split, stage.data.data_dir, where=place)
         evaluation.check(stage, where)
-        try:
+        with _named(where):
             mesh = _mesh(stage)
             meshes.check_batch(mesh, stage.batch_size)
             shapes[name] = steps.param_shapes(tasks.make(stage, _draft_contract(stage, vocab_sizes[name]), mesh))
-        except UserError as error:
-            raise UserError(f'{where}: {error}') from None
         # How long an epoch is shows only in the data.
         epochs = bool(stage.total.epochs)
         optimizer.make(
@@ -87,15 +86,30 @@ def run(stages: Mapping[str, Stage], workdir: str | os.PathLike) -> dict[str, pa
             ) from error
     wait('workdir')
     tokenizers = _tokenizers(workdir, stages)
-    bundles = {}
+    bundles = {name: workdir / name / 'bundle' for name in stages}
+    finished = {name for name in stages if (bundles[name] / 'bundle.json').is_file()}
     for name, stage in stages.items():
-        folder = workdir / name
-        bundles[name] = folder / 'bundle'
-        if (bundles[name] / 'bundle.json').is_file():
+        if name not in finished:
+            rehearse(stage, tokenizers[name], _where(stages, name))
+    for name, stage in stages.items():
+        if name in finished:
             say(f'{name}: finished already, {bundles[name]}')
-            continue
-        run_stage(name, stage, folder, tokenizers[name], bundles, where=_where(stages, name))
+        else:
+            run_stage(name, stage, workdir / name, tokenizers[name], bundles, where=_where(stages, name))
     return bundles
+
+
+def rehearse(stage: Stage, tokenizer: Tokenizer, where: str) -> None:
+    """Makes the first batch of a stage's training and of each of its evaluations, before any stage is trained.
+
+    Raises UserError, with `where`, the stage's dotted key: a field that the records do not have, a condition that none
+    meets, a prompt that does not fit.
+    """
+    mesh, contract = _mesh(stage), make_contract(stage, tokenizer)
+    shard = meshes.data_shard(mesh)
+    with _named(where):
+        loader.train_batches(stage.data, contract, tokenizer, stage.batch_size, stage.seed, shard)[0]
+    evaluation.Evaluator(stage, tasks.make(stage, contract, mesh), contract, tokenizer, mesh).rehearse(where)
 
 
 def run_stage(
@@ -141,7 +155,6 @@ def run_stage(
         return loader.iterate(ds, start, stage.data.threads, stage.data.workers, stage.data.prefetch)
 
     evaluator = evaluation.Evaluator(stage, task, contract, tokenizer, mesh, folder)
-    evaluator.rehearse(where)
     scores_file = folder / 'evals.json'
 
     def evaluate(which: str, step: int, state: Any) -> dict[str, float]:
@@ -201,6 +214,15 @@ def _where(stages: Mapping[str, Stage], name: str) -> str:
     return 'config' if len(stages) == 1 and name == 'train' else f'config.{name}'
 
 
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Puts the stage's dotted key before what is refused inside."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f'{where}: {error}') from None
+
+
 def _vocab_sizes(stages: Mapping[str, Stage]) -> dict[str, int]:
     """Of each stage's tokenizer; of one that is still to be trained, what it is asked to have."""
     asked = _asked_size(stages)
@@ -246,11 +268,14 @@ def _tokenizers(workdir: pathlib.Path, stages: Mapping[str, Stage]) -> dict[str,
     untold = {name: stage for name, stage in stages.items() if not stage.tokenizer.path}
     size = _asked_size(stages)
 
+    def texts() -> Iterator[str]:
+        for name, stage in untold.items():
+            with _named(_where(stages, name)):
+                yield from loader.training_texts(stage.data, stage.contract.lower)
+
     def train() -> None:
         if jax.process_index() == 0 and untold and not file.is_file():
-            sections = [(stage.data, stage.contract.lower) for stage in untold.values()]
-            texts = (text for data, lower in sections for text in loader.training_texts(data, lower))
-            made = Tokenizer.train(texts, size, file)
+            made = Tokenizer.train(texts(), size, file)
             say(f'tokenizer: {made.vocab_size:,} ids, {file}')
 
     _one_at_a_time(train)

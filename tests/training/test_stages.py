@@ -232,7 +232,10 @@ def test_the_report_reads_the_stages_of_today(another, tiny_digit_scenes):
         ({'transfer__data__sources__ask__dataset': 'digit_scene'}, r"sources\.ask: unknown dataset.*'digit_scenes'"),
         ({'transfer__data__sources__ask__dataset': 'digit_scenes/cell'}, r"unknown config 'cell'.*'cells'"),
         ({'pretrain__evals__color__kind': 'generation'}, r'evals\.color\.kind: generation needs a generative task'),
-        ({'transfer__evals__answer__metrics': ('exact',)}, r"unknown metric 'exact'.*'exact_match'"),
+        (
+            {'transfer__evals__answer__metrics': ('exact',)},
+            r"unknown metric 'exact' \(config\.transfer\.evals\.answer\.metrics\)",
+        ),
         ({'multimodal__init_from__fresh': ('img/hed/.*',)}, r"multimodal\.init_from\.fresh: 'img/hed/\.\*' matches no"),
         ({'multimodal__init_from__fresh': ('img/(',)}, r"init_from\.fresh: 'img/\(' is no regular expression"),
         ({'multimodal__init_from__parts': {'im': 'img'}}, r"unknown part 'im' .*multimodal\.init_from\.parts.*'img'"),
@@ -250,6 +253,35 @@ def test_refused_before_anything_is_read(changes, message, tmp_path):
     with pytest.raises(UserError, match=message):
         stages.check(make(str(tmp_path), **changes))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ('stage', 'changes', 'message'),
+    [
+        ('transfer', {'lower': False}, r'transfer\.init_from: .*contract\.lower True, this stage has False'),
+        ('transfer', {'separator': '|'}, r"transfer\.init_from: .*contract\.separator '\\n', this stage has '\|'"),
+        (
+            'multimodal',
+            {'value_range': (0.0, 1.0)},
+            r'multimodal\.init_from: .*value_range \(-1\.0, 1\.0\), .*to theirs',
+        ),
+    ],
+)
+def test_weights_come_with_what_they_expect_of_their_inputs(stage, changes, message, micro_run, tmp_path):
+    """From another stage, and from a bundle."""
+    changes = {f'{stage}__contract__{key}': value for key, value in changes.items()}
+    with pytest.raises(UserError, match=message):
+        stages.check(make(str(tmp_path), **changes))
+    earlier = make(str(tmp_path))[stage].init_from.stage
+    init = {'path': str(micro_run / earlier / 'bundle')}
+    init |= {'parts': {'img': 'img'}, 'fresh': ('img/head/.*',)} if stage == 'multimodal' else {}
+    made = make(str(tmp_path), **changes, **{f'{stage}__init_from': init})
+    with pytest.raises(UserError, match=message):
+        stages.check({stage: made[stage]} | {})
+
+
+def test_the_image_tower_alone_may_read_other_text(tmp_path):
+    stages.check(make(str(tmp_path), multimodal__contract__lower=False, transfer__contract__lower=False))
 
 
 def test_text_weights_come_with_their_tokenizer(micro_run, tiny_digit_scenes, tmp_path):
@@ -295,21 +327,39 @@ def test_a_long_warmup_of_a_long_run_is_valid(tmp_path):
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'label': 'colour'}, r"config\.train\.evals\.color: .*needs field 'colour'"),
+        ({'label': 'colour'}, r"config\.pretrain\.evals\.color: .*needs field 'colour'"),
         ({'slices': ('holdout',)}, r"evals\.color: .*needs field 'holdout'"),
         ({'pipeline': 'decode | resize(48)'}, r'evals\.color: .*resize\(48\), but contract\.image_size is 32'),
         ({'where': {'num_digit': 1}}, r"evals\.color: unknown field 'num_digit'.*'num_digits'"),
         ({'where': {'num_digits': 9}}, r'evals\.color: no record of .* relax'),
     ],
 )
-def test_an_evaluation_that_cannot_run_is_found_before_training(
-    changes, message, micro_run, tiny_digit_scenes, tmp_path
-):
-    stage = make(tiny_digit_scenes, **{f'pretrain__evals__color__{key}': value for key, value in changes.items()})
-    tokenizer = Tokenizer.load(micro_run / 'tokenizer.model')
+def test_an_evaluation_that_cannot_run_is_found_before_training(changes, message, tiny_digit_scenes, tmp_path):
+    made = make(tiny_digit_scenes, **{f'pretrain__evals__color__{key}': value for key, value in changes.items()})
     with pytest.raises(UserError, match=message):
-        stages.run_stage('train', stage['pretrain'], tmp_path / 'train', tokenizer, {}, where='config.train')
-    assert list((tmp_path / 'train').iterdir()) == []
+        stages.run(made, tmp_path)
+    assert not (tmp_path / 'pretrain').exists()
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (
+            {'data__sources__ask__where': {'num_digit': 1}},
+            r"config\.transfer: data\.sources\.ask: unknown field 'num_digit'.*'num_digits'",
+        ),
+        (
+            {'data__sources__ask__pipeline': 'decode | resize(64) | prefix("{capton}") | suffix("a") | tokenize'},
+            r"config\.transfer: data\.sources\.ask: .*'capton'",
+        ),
+        ({'evals__answer__slices': ('holdout',)}, r"config\.transfer\.evals\.answer: .*needs field 'holdout'"),
+    ],
+)
+def test_a_mistake_in_the_last_stage_is_found_before_the_first_one(changes, message, tiny_digit_scenes, tmp_path):
+    made = make(tiny_digit_scenes, **{f'transfer__{key}': value for key, value in changes.items()})
+    with pytest.raises(UserError, match=message):
+        stages.run(made, tmp_path)
+    assert not (tmp_path / 'pretrain').exists()
 
 
 def test_the_draft_knows_every_parameter(micro_run, tiny_digit_scenes):

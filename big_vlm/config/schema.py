@@ -160,11 +160,11 @@ class ParamRule:
 class Optimizer:
     """The optimizer, its schedule, and exceptions by parameter."""
 
-    name: str = 'adamw'  # or 'adafactor'
+    name: str = 'adamw'  # or 'adafactor', 'muon' (matrices of the layers; the rest by adamw)
     lr: Amount = 1e-3  # peak
-    b1: Amount = 0.9  # adamw: decay of the first moment (adafactor keeps none)
+    b1: Amount = 0.9  # decay of the first moment (adafactor keeps none; muon: usually 0.95)
     b2: Amount = 0.99  # decay of the second moment (adafactor: its cap)
-    eps: Amount = 1e-8  # adamw
+    eps: Amount = 1e-8  # adamw, muon
     weight_decay: Amount = 0.0  # per step, times the learning rate
     clip: Amount = 1.0  # global gradient norm; 0: no clipping
     schedule: Literal['cosine', 'linear', 'constant', 'rsqrt'] = 'cosine'  # after the warmup, down to 0

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW or Adafactor, clipped, with rules by parameter for rates, weight decay and freezing.
+"""The optimizer: AdamW, Adafactor or Muon, clipped, with rules by parameter for rates, weight decay and freezing.
 
 A rule is (regex over the whole '/'-joined path, ParamRule). The first one that matches decides; every parameter must be
 matched and every rule must decide for something, so that a misspelt rule cannot pass unseen.
@@ -19,6 +19,17 @@ from big_vlm.training import schedules
 DECAY_RULES: tuple[tuple[str, float], ...] = (
     (r'(.*/)?(kernel|w|linear|gating_einsum|input_embedding)', 1.0),
     (r'(.*/)?(bias|scale|pos_embedding|embedding|probe|cls|t|b)', 0.0),
+)
+
+# What Muon takes as a matrix: regex → axes of its inputs and of its outputs. Axes not named, such as that of stacked
+# layers, hold one matrix each. Everything else is Adam's: embeddings, the first and the last layer, norms, biases.
+MATRICES: tuple[tuple[str, tuple[tuple[int, ...], tuple[int, ...]]], ...] = (
+    (r'.*/(query|key|value)/kernel', ((-3,), (-2, -1))),
+    (r'.*/MultiHeadDotProductAttention_0/out/kernel', ((-3, -2), (-1,))),
+    (r'.*/Dense_[01]/kernel', ((-2,), (-1,))),
+    (r'.*/(q|kv|qkv)_einsum/w', ((-2,), (-3, -1))),
+    (r'.*/attn_vec_einsum/w', ((-3, -2), (-1,))),
+    (r'.*/mlp/(gating_einsum|linear)', ((-2,), (-1,))),
 )
 
 Value = TypeVar('Value')
@@ -56,7 +67,7 @@ def make(
     Raises:
       UserError: an unknown optimizer, a bad schedule, a rule without parameters, a parameter without a rule.
     """
-    cores = {'adamw': _adam, 'adafactor': _adafactor}
+    cores = {'adamw': _adam, 'adafactor': _adafactor, 'muon': _muon}
     if config.name not in cores:
         raise unknown('optimizer', config.name, cores, f'{where}.name')
     paths = {_path(p) for p, _ in jax.tree_util.tree_leaves_with_path(param_shapes)}
@@ -128,6 +139,27 @@ def _adafactor(config: Optimizer) -> optax.GradientTransformation:
         return jnp.minimum(config.b2, 1 - (step.astype(jnp.float32) + 1) ** -exponent)
 
     return optax.chain(optax.scale_by_factored_rms(decay_rate_fn=decay), optax.clip_by_block_rms(1.0))
+
+
+def _muon(config: Optimizer) -> optax.GradientTransformation:
+    def dimensions(params: Any) -> Any:
+        def leaf(path: str, _: Any) -> optax.contrib.MuonDimensionNumbers | None:
+            axes = next((axes for pattern, axes in MATRICES if re.fullmatch(pattern, path)), None)
+            return axes and optax.contrib.MuonDimensionNumbers(*axes)
+
+        return _by_path(leaf, params)
+
+    # A rate of -1 is none: `_decay_and_scale` has the schedule. The factor 0.2 gives a matrix' update the size that
+    # Adam's usually has, so that one rate and one decay serve both ("Muon is Scalable", arXiv 2502.16982, section 2.2).
+    return optax.contrib.muon(
+        -1.0,
+        beta=config.b1,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        eps=config.eps,
+        muon_weight_dimension_numbers=dimensions,
+        consistent_rms=0.2,
+    )
 
 
 class _Count(NamedTuple):

@@ -1,5 +1,8 @@
 """The optimizer against a few lines of numpy, and its rules against every published parameter name."""
 
+import re
+
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,6 +121,58 @@ def test_adafactor_against_the_paper():
     np.testing.assert_allclose(params['w'], p, rtol=1e-5, atol=1e-5)
     # Rows and columns, not the matrix: that is what Adafactor is for.
     assert max(x.size for x in jax.tree.leaves(state)) == 130
+
+
+MATRICES = {
+    f'img/{BLOCK}/{ATTENTION}/query/kernel': ((2, 6, 2, 4), 'L D N H -> L D (N H)'),
+    f'img/{BLOCK}/{ATTENTION}/out/kernel': ((2, 2, 4, 6), 'L N H D -> L (N H) D'),
+    f'img/MAPHead_0/{ATTENTION}/value/kernel': ((6, 2, 4), 'D N H -> 1 D (N H)'),
+    'txt/Encoder_0/encoderblock/MlpBlock_0/Dense_1/kernel': ((2, 9, 6), 'L F D -> L F D'),
+    'llm/layers/attn/q_einsum/w': ((2, 3, 6, 4), 'L N D H -> L D (N H)'),
+    'llm/layers/attn/kv_einsum/w': ((2, 2, 1, 6, 4), 'L two K D H -> (L two) D (K H)'),
+    'llm/layers/attn/qkv_einsum/w': ((2, 3, 2, 6, 4), 'L three N D H -> (L three) D (N H)'),
+    'llm/layers/attn/attn_vec_einsum/w': ((2, 3, 4, 6), 'L N H D -> L (N H) D'),
+    'llm/layers/mlp/gating_einsum': ((2, 2, 6, 9), 'L two D F -> (L two) D F'),
+    'llm/layers/mlp/linear': ((2, 9, 6), 'L F D -> L F D'),
+}
+
+
+def orthogonal(m):
+    """Five Newton-Schulz iterations in float64 ("Muon", Jordan 2024): near U Vᵀ of m's singular value decomposition."""
+    x = m / np.linalg.norm(m)
+    x = x.T if m.shape[0] > m.shape[1] else x
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
+    return x.T if m.shape[0] > m.shape[1] else x
+
+
+def test_muon_against_its_iteration():
+    """Every layer's matrices are turned alone; all else is Adam's, of about the same size."""
+    rng = np.random.default_rng(0)
+    shapes = {name: shape for name, (shape, _) in MATRICES.items()}
+    others = [name for name in NAMES if not re.fullmatch('|'.join(pattern for pattern, _ in optimizer.MATRICES), name)]
+    assert len(others) + sum(name in NAMES for name in MATRICES) < len(NAMES)
+    assert {'llm/embedder/input_embedding', 'img/embedding/kernel', 'img/head/kernel', 't'} < set(others)
+    shapes |= dict.fromkeys(others, (2, 3))
+    grads = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    params = trees.nested({name: jnp.zeros(shape) for name, shape in shapes.items()})
+    config = Optimizer(name='muon', lr=0.5, b1=0.8, b2=0.9, clip=0.0, schedule='constant')
+    tx, _ = optimizer.make(config, 5, params)
+    state = tx.init(params)
+    as_jax = trees.nested({name: jnp.asarray(g, jnp.float32) for name, g in grads.items()})
+    for _ in range(2):  # With one gradient over and over, the momentum is that gradient.
+        updates, state = jax.jit(tx.update)(as_jax, state, params)
+    updates = trees.flat(updates)
+    for name, (_, pattern) in MATRICES.items():
+        for g, u in zip(einops.rearrange(grads[name], pattern), einops.rearrange(updates[name], pattern), strict=True):
+            expected = -0.5 * 0.2 * np.sqrt(max(g.shape)) * orthogonal(g)
+            np.testing.assert_allclose(u, expected, rtol=2e-4, atol=2e-5, err_msg=name)
+    for name in others:
+        size = np.abs(updates[name])
+        np.testing.assert_allclose(size, size[0, 0], rtol=1e-4, err_msg=name)
+        assert 0.4 < size[0, 0] < 0.8
+        np.testing.assert_array_equal(np.sign(updates[name]), -np.sign(grads[name]))
 
 
 def test_rules_first_match_wins():

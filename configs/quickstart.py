@@ -133,7 +133,7 @@ def base(args: dict, size: int, text: int) -> ConfigDict:
 
 def image_tower() -> dict:
     # Places are learnt late from the usual small position embedding, colours less surely from a large one.
-    return dict(variant='Ti/16', width=128, depth=3, mlp_dim=512, num_heads=4, position_init=0.35)
+    return dict(variant='Ti/16', width=128, depth=3, mlp_dim=512, num_heads=4, position_init=0.3)
 
 
 def decoder() -> dict:

@@ -17,6 +17,7 @@ from typing import NoReturn
 from big_vlm.config import UserError, unknown
 
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # malloc.h, M_…
+CTRL_C = 130  # 128 + SIGINT, as shells have it
 INTERRUPTED = 75  # sysexits.h EX_TEMPFAIL: schedulers start the same command again
 
 
@@ -111,12 +112,15 @@ def _keep_memory() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, 2 for wrong input, 75 if stopped on request with everything saved."""
+    """Returns the exit code: 0, 2 for wrong input, 75 if stopped with everything saved, 130 on Ctrl-C elsewhere."""
     try:
         run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         print(f'big_vlm: {error}', file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # Outside the training loop, which saves first and ends with 75.
+        print('big_vlm: stopped; the same command goes on from the newest checkpoint', file=sys.stderr)
+        return CTRL_C
     except Exception as error:
         from big_vlm.training.loop import Interrupted
 

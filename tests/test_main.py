@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from big_vlm import checkpoints
+from big_vlm import config as config_lib
 from big_vlm.checkpoints import trees
-from big_vlm.main import INTERRUPTED, main
+from big_vlm.main import CTRL_C, INTERRUPTED, main
 
 STAGES = ('pretrain', 'multimodal', 'transfer')
 
@@ -119,6 +120,15 @@ def test_check_validates_and_writes_nothing(call, tmp_path, capsys, monkeypatch)
     out, err = capsys.readouterr()
     assert [line.split(':')[0] for line in out.splitlines()] == list(STAGES) and err == ''
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_outside_the_loop_is_one_line(call, monkeypatch):
+    def ask(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(config_lib, 'validate', ask)
+    code, lines = call()
+    assert code == CTRL_C and len(lines) == 1 and 'the same command goes on' in lines[0]
 
 
 def test_help_teaches(capsys):

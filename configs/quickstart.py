@@ -44,7 +44,7 @@ def pretrain(args: dict, size: int = 48, text: int = 16) -> ConfigDict:
     looks = f'decode | resize({size})'
     # Colour and place tell most scenes apart: texts of digits alone, in any colour, are the reason to read them.
     stage.data.sources = dict(
-        captions=source(args, f'{looks} | text("caption")', weight=1.27),
+        captions=source(args, f'{looks} | text("caption")', weight=1.32),
         digits=source(args, f'{looks} | shuffle_channels | text("reading")', weight=1.0),
     )
     stage.optimizer = adamw(1e-3)
@@ -133,7 +133,7 @@ def base(args: dict, size: int, text: int) -> ConfigDict:
 
 def image_tower() -> dict:
     # Places are learnt late from the usual small position embedding, colours less surely from a large one.
-    return dict(variant='Ti/16', width=128, depth=3, mlp_dim=512, num_heads=4, position_init=0.3)
+    return dict(variant='Ti/16', width=128, depth=3, mlp_dim=512, num_heads=4, position_init=0.35)
 
 
 def decoder() -> dict:

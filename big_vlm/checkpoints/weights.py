@@ -90,8 +90,7 @@ def _find(directory: str | pathlib.Path, part: str) -> _Found:
     if not found:
         raise UserError(f'{directory} is not a bundle, a weights folder or a checkpoint: nothing in it can be read')
     folder, prefix = found[0]
-    with ocp.StandardCheckpointer() as checkpointer:
-        stored = trees.flat(checkpointer.metadata(folder).item_metadata.tree)
+    stored = trees.flat(ocp.PyTreeCheckpointHandler().metadata(folder).tree)
     stored = {key.removeprefix(prefix): leaf for key, leaf in stored.items() if key.startswith(prefix)}
     below = f'{part}/' if part else ''
     leaves = {

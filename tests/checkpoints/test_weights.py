@@ -34,8 +34,10 @@ def same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_everything_as_numpy(folder):
+def test_everything_as_numpy(folder, caplog):
+    caplog.clear()
     weights = load_weights(folder)
+    assert not caplog.records, 'Orbax has nothing to warn of'
     same(weights, PARAMS)
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(weights))
     assert weights['llm']['w'].dtype == jnp.bfloat16

@@ -35,7 +35,7 @@ def pretrain(args: dict, size: int = 48, text: int = 16) -> ConfigDict:
     """A dual encoder of scenes and their captions."""
     stage = base(args, size, text)
     stage.task = 'contrastive'
-    stage.total = dict(steps=20 if args['smoke'] else 1000)
+    stage.total = dict(steps=20 if args['smoke'] else 1100)
     stage.batch_size = 64
     stage.model.update(
         image=image_tower(),
@@ -44,7 +44,7 @@ def pretrain(args: dict, size: int = 48, text: int = 16) -> ConfigDict:
     looks = f'decode | resize({size})'
     # Colour and place tell most scenes apart: texts of digits alone, in any colour, are the reason to read them.
     stage.data.sources = dict(
-        captions=source(args, f'{looks} | text("caption")', weight=1.32),
+        captions=source(args, f'{looks} | text("caption")', weight=1.3),
         digits=source(args, f'{looks} | shuffle_channels | text("reading")', weight=1.0),
     )
     stage.optimizer = adamw(1e-3)

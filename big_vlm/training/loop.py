@@ -194,7 +194,8 @@ def _fetch(source: Iterator[Mapping[str, np.ndarray]], step: int, mesh: Mesh) ->
 class _Log:
     """Writes metrics a little later than they are computed, so that the device never waits for the host.
 
-    Two steps in flight keep an accelerator busy. CPU devices share the host's threads, where two programs with
+    Two steps in flight keep an accelerator busy, and are the prefetch to it: their batches are on their way while an
+    earlier step runs. CPU devices share the host's threads, where two programs with
     collectives at once can lock each other out: there it waits for each step.
     """
 

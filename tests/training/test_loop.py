@@ -73,6 +73,18 @@ def test_order_is_evaluate_save_fetch_step_log(tmp_path, mesh, monkeypatch):
     ]
 
 
+def test_an_accelerator_has_the_next_batches_before_the_host_asks_for_a_result(tmp_path, mesh, monkeypatch):
+    """On CPU, whose devices share the host's threads, it does not: the order above."""
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    events, put = Events(), loop.meshes.put_batch
+    monkeypatch.setattr(loop.meshes, 'put_batch', lambda *a: (events.seen.append('put'), put(*a))[1])
+    loop.train(stage(4), Toy(), events.batches, tmp_path, events, mesh=mesh)
+    assert events.seen[1:] == [
+        *[('fetch', 0), 'put', ('fetch', 1), 'put', ('fetch', 2), 'put', ('log', 1)],
+        *[('fetch', 3), 'put', ('log', 2), ('log', 3), ('log', 4)],
+    ]
+
+
 def test_goes_on_where_it_saved_without_repeating_evaluations(tmp_path, mesh):
     config = stage(4, evals=EVALS, checkpoint={'every': 2}, log_every=3)
     short = stage(2, evals=EVALS, checkpoint={'every': 2}, log_every=3)

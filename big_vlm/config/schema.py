@@ -94,13 +94,14 @@ class TextTower:
 class Decoder:
     """The Gemma decoder. A size of 0 is the variant's own."""
 
-    variant: str = 'gemma_2b'
+    variant: str = 'gemma_2b'  # or gemma_7b, gemma2_2b … _9b, _27b, gemma3_270m … _1b, _4b, _12b, _27b
     width: Count = 0
     depth: Count = 0
     mlp_dim: Count = 0
     num_heads: Count = 0
     num_kv_heads: Count = 0
     head_dim: Count = 0
+    window: Count = 0  # tokens that a local layer sees (Gemma 2 and 3)
     final_softcap: Amount = 0.0  # tanh cap of the output logits; 0: none (Gemma 2: 30)
     dropout: Amount = 0.0
 
@@ -112,6 +113,8 @@ class Model:
     image: ImageTower = ImageTower()
     text: TextTower = TextTower()  # contrastive only
     decoder: Decoder = Decoder()  # generative only
+    projector: Literal['linear', 'pooled', 'cls'] = 'linear'  # generative: every patch, averages (Gemma 3), one token
+    image_tokens: Count = 0  # generative: to which 'pooled' averages the patches of an image, a square; 0: 256
     embed_dim: Count = 0  # contrastive: joint embedding width; 0: the image tower's
     init_t: float = math.log(10.0)  # contrastive: log of the logit scale at init
     init_b: float = -10.0  # contrastive: logit bias at init

@@ -1,6 +1,8 @@
-"""Gemma 1 (arXiv 2403.08295) under big_vision's parameter names: embedded tokens in, logits out.
+"""Gemma 1, 2 and 3 under their published parameter names: embedded tokens in, logits out.
 
 Axes: B batch, T query, S key, N query heads, K kv heads, H head dim, D width, F mlp width, L layers, V vocabulary.
+`gemma_variants` has sizes, generations and papers. Layers are alike in their parameters; a local one sees a window of
+tokens and a global one all, and where Gemma 3 rotates them differently, which one it is travels beside its weights.
 Training runs the layers as one scan over stacked parameters; decoding runs the same `Block` layer by layer over
 parameters unstacked once by `unstack_layers` (measured: a third less time per token, and no copy of the cache).
 """
@@ -14,24 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from big_vlm.config import UserError, unknown
+from big_vlm.models.gemma_variants import SIZES, Generation, decode_variant, generation
 from big_vlm.models.vit import REMATS
-from big_vlm.ops import kv_cache
+from big_vlm.ops import kv_cache, masks
 from big_vlm.ops.attention import attention
-from big_vlm.ops.rope import rope
-
-#             width depth mlp_dim num_heads num_kv_heads head_dim
-_VARIANTS = {
-    'gemma_2b': (2048, 18, 16_384, 8, 1, 256),
-    'gemma_7b': (3072, 28, 24_576, 16, 16, 256),
-}
-_SIZES = ('width', 'depth', 'mlp_dim', 'num_heads', 'num_kv_heads', 'head_dim')
-
-
-def decode_variant(variant: str) -> dict[str, int]:
-    """'gemma_2b' -> width, depth, mlp_dim, num_heads, num_kv_heads, head_dim. Raises UserError for an unknown name."""
-    if variant not in _VARIANTS:
-        raise unknown('decoder variant', variant, _VARIANTS)
-    return dict(zip(_SIZES, _VARIANTS[variant], strict=True))
+from big_vlm.ops.rope import frequencies, rotate
 
 
 def _fan_in(in_axis, out_axis):
@@ -71,10 +60,11 @@ class Attention(nn.Module):
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    generation: Generation
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, position, mask, cache, length, weights):
+    def __call__(self, x, local, position, mask, cache, length, weights):
         n, k, d, h = self.num_heads, self.num_kv_heads, x.shape[-1], self.head_dim
         rows, split = x.reshape(-1, d), (*x.shape[:2], -1, h)
         if k == n:
@@ -84,12 +74,21 @@ class Attention(nn.Module):
             query = Einsum((n, d, h), (1,), (0, 2), self.dtype, name='q_einsum')('RD,NDH->RNH', rows)
             key, value = Einsum((2, k, d, h), (2,), (0, 1, 3), self.dtype, name='kv_einsum')('RD,CKDH->CRKH', rows)
         query, key, value = query.reshape(split), key.reshape(split), value.reshape(split)
-        query, key = rope(query, position), rope(key, position)
+        if self.generation.qk_norm:
+            query = RMSNorm(self.dtype, name='_query_norm')(query)
+            key = RMSNorm(self.dtype, name='_key_norm')(key)
+        frequency = frequencies(h)
+        if self.generation.global_rope is not None:
+            frequency = jnp.where(local, frequency, frequencies(h, *self.generation.global_rope))
+        query, key = rotate(query, position, frequency), rotate(key, position, frequency)
         if cache is None:
             cache = kv_cache.LayerCache(key, value)
         else:
             cache = kv_cache.write_step(cache, key, value, length)
-        z, probs = attention(query, cache.k, cache.v, mask, scale=h**-0.5, weights=weights)
+            mask = kv_cache.visible(length + 1, cache.k.shape[1])[:, None, :]
+        scale = (d / n if self.generation.scale_by_width else h) ** -0.5
+        softcap = self.generation.softcap
+        z, probs = attention(query, cache.k, cache.v, mask, scale=scale, softcap=softcap, weights=weights)
         rows = z.astype(self.dtype).reshape(-1, n, h)
         rows = Einsum((n, h, d), (0, 1), (2,), self.dtype, name='attn_vec_einsum')('RNH,NHD->RD', rows)
         return rows.reshape(x.shape), cache, probs
@@ -114,38 +113,49 @@ class Block(nn.Module):
     """One layer, the same for training, prefill and decoding.
 
     Without `cache`, `x` [B,T,D] attends to itself under `mask` [B,T,T] and the returned cache holds its own keys and
-    values. With one, `x` [B,1,D] is written to slot `length` of its row and attends to the cache under `mask` [B,1,S].
+    values. With one, `x` [B,1,D] is written to its row as token number `length` and attends to what the cache then
+    holds. `local` is a bool or, in a scan, a bool []: which rotary positions the layer uses.
     """
 
     mlp_dim: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    generation: Generation
     dropout: float
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, position, mask, cache=None, length=None, *, train=False, weights=False):
+    def __call__(self, x, local, position, mask, cache=None, length=None, *, train=False, weights=False):
         drop = nn.Dropout(self.dropout, deterministic=not train)
+        post_norms = self.generation.post_norms
         y = RMSNorm(self.dtype, name='pre_attention_norm')(x)
-        attn = Attention(self.num_heads, self.num_kv_heads, self.head_dim, self.dtype, name='attn')
-        y, cache, probs = attn(y, position, mask, cache, length, weights)
-        x = x + drop(y)
+        attn = Attention(self.num_heads, self.num_kv_heads, self.head_dim, self.generation, self.dtype, name='attn')
+        y, cache, probs = attn(y, local, position, mask, cache, length, weights)
+        x = x + drop(RMSNorm(self.dtype, name='post_attention_norm')(y) if post_norms else y)
         y = RMSNorm(self.dtype, name='pre_ffw_norm')(x)
-        x = x + drop(FeedForward(self.mlp_dim, self.dtype, name='mlp')(y))
+        y = FeedForward(self.mlp_dim, self.dtype, name='mlp')(y)
+        x = x + drop(RMSNorm(self.dtype, name='post_ffw_norm')(y) if post_norms else y)
         return x, cache, probs
 
 
 class Embedder(nn.Module):
-    """The token table, used on the way in (times sqrt D) and, transposed, on the way out."""
+    """The token table, used on the way in (times sqrt D) and, transposed, on the way out; and Gemma 3's projector."""
 
     vocab_size: int
     width: int
+    vision_width: int
     dtype: jnp.dtype
 
     def setup(self):
         init = nn.initializers.normal(self.width**-0.5)
         self.input_embedding = self.param('input_embedding', init, (self.vocab_size, self.width))
+        if self.vision_width:
+            self.mm_soft_embedding_norm = RMSNorm(self.dtype)
+            self.mm_input_projection = Einsum((self.vision_width, self.width), (0,), (1,), self.dtype)
+
+    def encode_vision(self, x):
+        return self.mm_input_projection('...M,MD->...D', self.mm_soft_embedding_norm(x))
 
     def encode(self, tokens):
         x = self.input_embedding[jnp.maximum(tokens, 0)]
@@ -163,7 +173,9 @@ class Gemma(nn.Module):
 
     Attributes:
       vocab_size: V, the rows of the tied embedding.
-      final_softcap: bounds the logits; 0 for none (Gemma 1).
+      window: tokens a local layer sees, the query included.
+      vision_width: of the image features that `embed_image` projects (Gemma 3); 0: it has no projector.
+      final_softcap: bounds the logits; 0 for none (Gemma 2: 30, but not in big_vision's training).
       dropout: on each sublayer's output.
       dtype, remat, scan: as in `vit.ViT`.
     """
@@ -176,6 +188,8 @@ class Gemma(nn.Module):
     num_heads: int = 0
     num_kv_heads: int = 0
     head_dim: int = 0
+    window: int = 0
+    vision_width: int = 0
     final_softcap: float = 0.0
     dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
@@ -184,10 +198,10 @@ class Gemma(nn.Module):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """width, depth, mlp_dim, num_heads, num_kv_heads, head_dim. Raises UserError for what cannot be."""
+        """width, depth, mlp_dim, num_heads, num_kv_heads, head_dim, window. Raises UserError for what cannot be."""
         if self.remat not in REMATS:
             raise unknown('remat', self.remat, REMATS)
-        sizes = decode_variant(self.variant) | {name: getattr(self, name) for name in _SIZES if getattr(self, name)}
+        sizes = decode_variant(self.variant) | {name: getattr(self, name) for name in SIZES if getattr(self, name)}
         if sizes['num_heads'] % sizes['num_kv_heads']:
             raise UserError(
                 f'decoder {self.variant!r}: num_heads {sizes["num_heads"]} is not a multiple of '
@@ -197,22 +211,43 @@ class Gemma(nn.Module):
             raise UserError(
                 f'decoder {self.variant!r}: head_dim {sizes["head_dim"]} is odd; rotary positions need pairs'
             )
+        if self.window and generation(self.variant).period == 1:
+            raise UserError(
+                f'decoder {self.variant!r}: window {self.window} has no layer to apply to, as all of them are global; '
+                'leave it at 0'
+            )
         return sizes
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Of each layer, how many tokens a query sees, itself included; 0 for a global layer, where it sees all."""
+        sizes, period = self.sizes, generation(self.variant).period
+        return tuple(0 if i % period == period - 1 else sizes['window'] for i in range(sizes['depth']))
 
     def block(self) -> dict[str, Any]:
         """What one `Block` of this model is built with."""
         sizes = self.sizes
         names = ('mlp_dim', 'num_heads', 'num_kv_heads', 'head_dim')
-        return {name: sizes[name] for name in names} | dict(dropout=self.dropout, dtype=self.dtype)
+        made = dict(generation=generation(self.variant), dropout=self.dropout, dtype=self.dtype)
+        return {name: sizes[name] for name in names} | made
+
+    def windowed(self, mask: jax.Array, position: jax.Array) -> jax.Array | None:
+        """The mask of local layers, from that of global ones; None if there are none."""
+        window = self.sizes['window']
+        return masks.sliding_window(mask, position, window) if window else None
 
     def setup(self):
-        self.embedder = Embedder(self.vocab_size, self.sizes['width'], self.dtype)
+        self.embedder = Embedder(self.vocab_size, self.sizes['width'], self.vision_width, self.dtype)
         self.layers = Block(**self.block())
         self.final_norm = RMSNorm(self.dtype)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int32 [..., T] -> [..., T, D], times sqrt D; a negative id reads as 0 (image slots, filled by the caller)."""
         return self.embedder.encode(tokens)
+
+    def embed_image(self, features: jax.Array) -> jax.Array:
+        """[..., vision_width] -> RMSNorm -> projection without bias -> [..., D]."""
+        return self.embedder.encode_vision(features)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """[..., D] after the last layer -> final norm -> float32 [..., V]."""
@@ -224,11 +259,14 @@ class Gemma(nn.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """All layers: x [B,T,D], position int32 [B,T], mask bool [B,T,T] -> (x [B,T,D] before the final norm, out).
 
-        `out` holds 'blocks' [L,B,T,D] and, if `weights`, 'attention' float32 [L,B,N,T,T].
+        `mask` is that of a global layer (`ops.masks.attention_mask`); local layers see their window of it. `out` holds
+        'blocks' [L,B,T,D] and, if `weights`, 'attention' float32 [L,B,N,T,T].
         """
 
-        def layer(block, x, position, mask):
-            x, _, probs = block(x, position, mask, train=train, weights=weights)
+        def layer(block, x, local, position, mask, windowed):
+            if windowed is not None:
+                mask = jnp.where(local, windowed, mask)
+            x, _, probs = block(x, local, position, mask, train=train, weights=weights)
             return x, (x, probs)
 
         if self.remat == 'full':
@@ -238,16 +276,18 @@ class Gemma(nn.Module):
             layer,
             variable_axes={'params': 0},
             split_rngs={'params': True, 'dropout': True},
-            in_axes=nn.broadcast,
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=depth,
             unroll=1 if self.scan else depth,
-        )(self.layers, x, position, mask)
+        )(self.layers, x, jnp.array(self.windows) > 0, position, mask, self.windowed(mask, position))
         return x, {'blocks': blocks} | ({'attention': probs} if weights else {})
 
     def init_everything(self, tokens: jax.Array) -> jax.Array:
         """Touches every parameter once; for `init`."""
         position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         mask = jnp.ones((*tokens.shape, tokens.shape[1]), bool)
+        if self.vision_width:
+            self.embed_image(jnp.zeros((1, self.vision_width), self.dtype))
         return self.logits(self(self.embed(tokens), position, mask)[0])
 
 
@@ -263,12 +303,17 @@ def unstack_layers(params: dict) -> dict:
     return {**params, 'layers': layers}
 
 
-def run_layers(model: Gemma, params: dict, x, position, mask, cache=None, length=None):
-    """The layers of unstacked `params`, one after another: (x, tuple of LayerCache). Arguments as `Block`'s."""
+def run_layers(model: Gemma, params: dict, x, position, mask=None, cache=None, length=None):
+    """The layers of unstacked `params`, one after another: (x, tuple of LayerCache).
+
+    Arguments as `Block`'s: either `mask`, that of a global layer, or `cache` (a LayerCache per layer) and `length`.
+    """
     block = Block(**model.block())
+    windowed = None if cache else model.windowed(mask, position)
     caches = []
-    for i, layer in enumerate(params['layers']):
-        x, kv, _ = block.apply({'params': layer}, x, position, mask, cache and cache[i], length)
+    for i, (layer, window) in enumerate(zip(params['layers'], model.windows, strict=True)):
+        seen = windowed if window else mask
+        x, kv, _ = block.apply({'params': layer}, x, window > 0, position, seen, cache and cache[i], length)
         caches.append(kv)
     return x, tuple(caches)
 
@@ -276,6 +321,11 @@ def run_layers(model: Gemma, params: dict, x, position, mask, cache=None, length
 def embed(model: Gemma, params: dict, tokens: jax.Array) -> jax.Array:
     """`Gemma.embed` on stacked or unstacked parameters."""
     return model.apply({'params': {'embedder': params['embedder']}}, tokens, method='embed')
+
+
+def embed_image(model: Gemma, params: dict, features: jax.Array) -> jax.Array:
+    """`Gemma.embed_image` on stacked or unstacked parameters."""
+    return model.apply({'params': {'embedder': params['embedder']}}, features, method='embed_image')
 
 
 def logits(model: Gemma, params: dict, x: jax.Array) -> jax.Array:

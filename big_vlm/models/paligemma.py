@@ -1,14 +1,18 @@
-"""PaliGemma (arXiv 2407.07726): a ViT's patch tokens, projected, fill the image slots of a Gemma's input.
+"""PaliGemma (arXiv 2407.07726): a ViT's tokens, projected, fill the image slots of a Gemma's input.
 
-Parameters: {'img': ..., 'llm': ...}; `img/head` projects. Axes: B batch, I images, P patches per image, T image
-and text slots, D decoder width, V vocabulary, L layers, S cache slots.
+Of an image the decoder gets either every patch (PaliGemma), or the grid of patches averaged down to fewer (Gemma 3,
+arXiv 2503.19786, section 2.1), or one vector. Parameters: {'img': ..., 'llm': ...}; `img/head` projects, for Gemma 3
+`llm/embedder/mm_*`. Axes: B batch, I images, P tokens per image, T image and text slots, D decoder width, V
+vocabulary, L layers, S cache slots.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import chex
+import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -23,19 +27,25 @@ class PaliGemma:
     """The model's modules and the image size it reads.
 
     Attributes:
-      img: a Linen module, image float [B,H,W,3] -> (tokens [B,P,D], out).
+      img: a Linen module, image float [B,H,W,3] -> (patches [B,P,D] or one vector [B,D], out). With `pooled_tokens`,
+        patches of the width that the decoder's projector takes.
       llm: the decoder.
       image_size: pixels per side, for `init`, `image_tokens` and FLOPs.
+      pooled_tokens: P if the decoder projects averages over squares of the patch grid (Gemma 3: 256); 0 if `img`
+        projects what it returns.
     """
 
     img: nn.Module
     llm: gemma.Gemma
     image_size: int
+    pooled_tokens: int = 0
 
     @property
     def image_tokens(self) -> int:
         """P, the slots one image takes."""
-        return (self.image_size // self.img.sizes['patch_size']) ** 2
+        if self.img.pool != 'none':
+            return 1
+        return self.pooled_tokens or (self.image_size // self.img.sizes['patch_size']) ** 2
 
     def init(self, rng: jax.Array) -> dict:
         """Fresh float32 parameters. Use under `jax.jit` or `jax.eval_shape`."""
@@ -66,7 +76,9 @@ class PaliGemma:
         batch, images = image.shape[:2]
         rngs = None if rng is None else {'dropout': rng}
         z, out = self.img.apply({'params': params['img']}, image.reshape(-1, *image.shape[2:]), train=train, rngs=rngs)
-        patches = z.shape[1]
+        if self.pooled_tokens:
+            z = gemma.embed_image(self.llm, params['llm'], pool(z, self.pooled_tokens))
+        patches = self.image_tokens
         features = z.reshape(batch, images * patches, -1)
         hole = text < 0
         slot = jnp.cumsum(hole, axis=1) - 1
@@ -152,9 +164,8 @@ class PaliGemma:
         real = segment > 0
         x, keys_values = gemma.run_layers(self.llm, params['llm'], x, position, masks.attention_mask(segment, mask_ar))
         sizes = self.llm.sizes
-        cache = kv_cache.empty(
-            sizes['depth'], batch, cache_size, sizes['num_kv_heads'], sizes['head_dim'], self.llm.dtype
-        )
+        shape = (sizes['depth'], batch, cache_size, sizes['num_kv_heads'], sizes['head_dim'])
+        cache = kv_cache.empty(*shape, self.llm.dtype, self.llm.windows)
         layers = tuple(
             kv_cache.write_prefill(layer, new.k, new.v, position, real)
             for layer, new in zip(cache.layers, keys_values, strict=True)
@@ -169,23 +180,27 @@ class PaliGemma:
     ) -> tuple[jax.Array, kv_cache.KVCache]:
         """Appends `token` int32 [B] to each row and returns (logits float32 [B,V] of the next one, cache).
 
-        `params` from `unstack_layers`. A row whose cache is full keeps it and its logits mean nothing.
+        `params` from `unstack_layers`. The logits of a row whose cache was full mean nothing.
         """
         chex.assert_equal_shape([token, cache.length])
-        size = cache.layers[0].k.shape[1]
         x = gemma.embed(self.llm, params['llm'], token[:, None])
-        mask = kv_cache.visible(cache.length + 1, size)[:, None, :]
-        x, layers = gemma.run_layers(
-            self.llm, params['llm'], x, cache.length[:, None], mask, cache.layers, cache.length
-        )
+        position = cache.length[:, None]
+        x, layers = gemma.run_layers(self.llm, params['llm'], x, position, cache=cache.layers, length=cache.length)
         return gemma.logits(self.llm, params['llm'], x[:, 0]), kv_cache.KVCache(layers, cache.length + 1)
 
     def forward_flops(self, text_length: int, num_images: int = 1) -> float:
         """Model FLOPs of one example's forward pass: its images, the whole sequence, logits on the text slots."""
         length = num_images * self.image_tokens + text_length
-        return num_images * vit.forward_flops(self.img, self.image_size) + gemma.forward_flops(
-            self.llm, length, text_length
-        )
+        per_image = vit.forward_flops(self.img, self.image_size)
+        per_image += 2.0 * self.image_tokens * self.llm.vision_width * self.llm.sizes['width']
+        return num_images * per_image + gemma.forward_flops(self.llm, length, text_length)
+
+
+def pool(patches: jax.Array, tokens: int) -> jax.Array:
+    """A square grid of patches [B,P,D], row by row, averaged over squares down to [B,tokens,D]."""
+    side, grid = math.isqrt(tokens), math.isqrt(patches.shape[1])
+    names = dict(h=side, w=side, y=grid // side, x=grid // side)
+    return einops.reduce(patches, 'B (h y w x) D -> B (h w) D', 'mean', **names)
 
 
 def unstack_layers(params: dict) -> dict:
@@ -194,12 +209,28 @@ def unstack_layers(params: dict) -> dict:
 
 
 def from_config(model: config.Model, *, image_size: int, vocab_size: int) -> PaliGemma:
-    """The model of a validated `config.Model`. The image tower's pool is always 'none': the decoder reads the patches.
+    """The model of a validated `config.Model`. Its projector decides how the image tower pools, not `image.pool`.
 
     Raises UserError for unknown variants and sizes that do not divide.
     """
     shared = dict(dtype=jnp.dtype(model.dtype), remat=model.remat, scan=model.scan)
     decoder = gemma.Gemma(vocab_size=vocab_size, **dataclasses.asdict(model.decoder), **shared)
-    image = vit.ViT(**(dataclasses.asdict(model.image) | {'pool': 'none'}), head=decoder.sizes['width'], **shared)
-    _ = image.sizes
-    return PaliGemma(image, decoder, image_size)
+    tower = dataclasses.asdict(model.image) | {'pool': 'tok' if model.projector == 'cls' else 'none'}
+    if model.projector != 'pooled':
+        if model.image_tokens:
+            raise config.UserError(
+                f'model.image_tokens {model.image_tokens}: projector {model.projector!r} does not average patches; '
+                "leave it at 0, or take projector 'pooled'"
+            )
+        image = vit.ViT(**tower, head=decoder.sizes['width'], **shared)
+        _ = image.sizes
+        return PaliGemma(image, decoder, image_size)
+    image = vit.ViT(**tower, **shared)
+    tokens = model.image_tokens or 256
+    grid, side = image_size // image.sizes['patch_size'], math.isqrt(tokens)
+    if side**2 != tokens or grid % side or not grid:
+        raise config.UserError(
+            f'model.image_tokens {tokens}: a grid of {grid}x{grid} patches ({image_size} px, '
+            f'{model.image.variant}) does not average down to so many: take a square whose side divides {grid}'
+        )
+    return PaliGemma(image, decoder.clone(vision_width=image.sizes['width']), image_size, tokens)

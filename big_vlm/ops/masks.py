@@ -1,4 +1,4 @@
-"""Who may attend to whom: one rule for prefix-LM, causal and packed rows."""
+"""Who may attend to whom: one rule for prefix-LM, causal and packed rows, and a window over it."""
 
 from __future__ import annotations
 
@@ -34,3 +34,31 @@ def attention_mask(segment: jax.Array, mask_ar: jax.Array) -> jax.Array:
     earlier = block[:, None, :] <= block[:, :, None]
     same = (segment[:, None, :] == segment[:, :, None]) & (segment[:, None, :] > 0)
     return earlier & same
+
+
+def sliding_window(mask: jax.Array, position: jax.Array, window: int) -> jax.Array:
+    """What a local layer sees of `mask`: the `window` newest tokens, the query included, and the query's own block.
+
+    A block is whoever sees each other: the prefix of a prefix-LM, or one image among causal text. PaliGemma 2's prefix
+    sees all of itself on every layer; an image of Gemma 3 is shorter than its window. A causal token is its own block.
+
+      Three tokens that see each other, then three causal ones, window 2:
+
+        key  0 1 2 3 4 5
+        q 0  x x x . . .
+        q 1  x x x . . .
+        q 2  x x x . . .
+        q 3  . . x x . .
+        q 4  . . . x x .
+        q 5  . . . . x x
+
+    Args:
+      mask: bool [B, T, T], from `attention_mask`.
+      position: int32 [B, T], of tokens in their own segment.
+      window: at least 1.
+
+    Returns:
+      bool [B, T, T].
+    """
+    near = position[:, :, None] - position[:, None, :] < window
+    return mask & (near | jnp.swapaxes(mask, 1, 2))

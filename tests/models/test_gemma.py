@@ -1,4 +1,4 @@
-"""The decoder against the formulas in float64 numpy: one, some and all kv heads; initial values; remat and scan."""
+"""The decoder against the formulas in float64 numpy: all generations, one, some and all kv heads; remat and scan."""
 
 import jax
 import jax.numpy as jnp
@@ -46,17 +46,19 @@ def norm(p, x):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * (1 + p['scale'])
 
 
-def rotate(x, position):
+def rotate(x, position, base=10_000.0):
     half = x.shape[-1] // 2
-    angle = position[..., None, None] / 10_000.0 ** (np.arange(half) / half)
+    angle = position[..., None, None] / base ** (np.arange(half) / half)
     z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)
     return np.concatenate([z.real, z.imag], -1)
 
 
-def oracle(params, tokens, position, mask, softcap=0.0):
+def oracle(params, tokens, position, mask, softcap=0.0, *, windows=(0, 0), scale=8, cap=0.0, wide=(10_000.0, 1)):
+    """`windows` by layer, 0 for global ones, whose rotary base and position scale are `wide`; `scale`: of queries, as
+    the size whose inverse root it is; `cap`: of attention logits. Norms are where the parameters have them."""
     p = jax.tree.map(lambda w: np.asarray(w, np.float64), params)
     x = p['embedder']['input_embedding'][tokens] * np.sqrt(SIZES['width'])
-    for i in range(SIZES['depth']):
+    for i, window in enumerate(windows):
         layer = jax.tree.map(lambda w, i=i: w[i], p['layers'])
         y, attn = norm(layer['pre_attention_norm'], x), layer['attn']
         if 'qkv_einsum' in attn:
@@ -64,15 +66,24 @@ def oracle(params, tokens, position, mask, softcap=0.0):
         else:
             q = np.einsum('BTD,NDH->BTNH', y, attn['q_einsum']['w'])
             k, v = np.einsum('BTD,CKDH->CBTKH', y, attn['kv_einsum']['w'])
+        if '_query_norm' in attn:
+            q, k = norm(attn['_query_norm'], q), norm(attn['_key_norm'], k)
         repeat = q.shape[2] // k.shape[2]
-        q, k, v = rotate(q, position), np.repeat(rotate(k, position), repeat, 2), np.repeat(v, repeat, 2)
-        logits = np.where(mask[:, None], np.einsum('BTNH,BSNH->BNTS', q * SIZES['head_dim'] ** -0.5, k), -np.inf)
+        base, stretch = (10_000.0, 1) if window else wide
+        q, k = rotate(q, position / stretch, base), np.repeat(rotate(k, position / stretch, base), repeat, 2)
+        v = np.repeat(v, repeat, 2)
+        logits = np.einsum('BTNH,BSNH->BNTS', q * scale**-0.5, k)
+        logits = cap * np.tanh(logits / cap) if cap else logits
+        gone = position[:, :, None] - position[:, None] >= (window or np.inf)
+        logits = np.where((mask & ~gone)[:, None], logits, -np.inf)
         probs = np.exp(logits - logits.max(-1, keepdims=True))
         z = np.einsum('BNTS,BSNH->BTNH', probs / probs.sum(-1, keepdims=True), v)
-        x = x + np.einsum('BTNH,NHD->BTD', z, attn['attn_vec_einsum']['w'])
+        z = np.einsum('BTNH,NHD->BTD', z, attn['attn_vec_einsum']['w'])
+        x = x + (norm(layer['post_attention_norm'], z) if 'post_attention_norm' in layer else z)
         y, (gate, up) = norm(layer['pre_ffw_norm'], x), layer['mlp']['gating_einsum']
         g = y @ gate
-        x = x + 0.5 * g * (1 + np.tanh(np.sqrt(2 / np.pi) * (g + 0.044715 * g**3))) * (y @ up) @ layer['mlp']['linear']
+        z = 0.5 * g * (1 + np.tanh(np.sqrt(2 / np.pi) * (g + 0.044715 * g**3))) * (y @ up) @ layer['mlp']['linear']
+        x = x + (norm(layer['post_ffw_norm'], z) if 'post_ffw_norm' in layer else z)
     logits = norm(p['final_norm'], x) @ p['embedder']['input_embedding'].T
     return softcap * np.tanh(logits / softcap) if softcap else logits
 
@@ -89,8 +100,32 @@ def test_logits_match_float64(kv_heads, softcap):
     assert (out['attention'][..., ~np.tril(np.ones((5, 5), bool))] == 0).all()
 
 
-def test_unrolled_layers_scan_and_remat_agree():
-    model = make(1)
+# What sets each generation apart, as its paper and its published configuration have it.
+LATER = {
+    'gemma2_2b': dict(windows=(2, 0), cap=50.0),
+    'gemma2_27b': dict(windows=(2, 0), cap=50.0, scale=16 / 4),
+    'gemma3_270m': dict(windows=(2,) * 5 + (0, 2), wide=(1e6, 1)),
+    'gemma3_4b': dict(windows=(2,) * 5 + (0, 2), wide=(1e6, 8)),
+    'gemma3_27b': dict(windows=(2,) * 5 + (0,), wide=(1e6, 8), scale=16 / 4),
+}
+
+
+@pytest.mark.parametrize('variant', LATER)
+def test_logits_of_later_generations_match_float64(variant):
+    expected = LATER[variant]
+    model = make(variant=variant, window=2, depth=len(expected['windows']))
+    params = random_params(model)
+    if expected.get('cap'):  # large enough for the cap to bite
+        params['layers']['attn']['q_einsum']['w'] *= 30
+    tokens, position, mask = inputs()
+    expected = oracle(params, tokens, position, mask, **expected)
+    got, _ = forward(model, params, tokens, position, mask)
+    np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize('variant', ['gemma_2b', 'gemma3_4b'])
+def test_unrolled_layers_scan_and_remat_agree(variant):
+    model = make(1, variant=variant, depth=2 if variant == 'gemma_2b' else 7)
     params = random_params(model)
     tokens, position, mask = inputs()
 
@@ -154,6 +189,7 @@ def test_variants_and_refusals():
         ({'kv_heads': 3}, 'not a multiple of num_kv_heads 3'),
         ({'head_dim': 7}, 'odd'),
         ({'remat': 'some'}, "unknown remat 'some'"),
+        ({'window': 4}, "'gemma_2b': window 4 has no layer to apply to"),
     ):
         with pytest.raises(config.UserError, match=message):
             _ = make(**fields).sizes

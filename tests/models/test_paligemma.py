@@ -204,3 +204,76 @@ def test_from_config():
     logits, out = jax.jit(lambda p: model.apply(p, images(1, 1), None, *stack(one_row([3, 4]))))(random_params(model))
     assert logits.dtype == jnp.float32 and out['decoded'].dtype == jnp.bfloat16
     assert 1.5 < np.abs(logits).max() <= 2.0
+
+
+def test_pool_by_hand():
+    patches = np.arange(16.0, dtype=np.float32).reshape(1, 16, 1)  # row by row, as the tower gives them
+    np.testing.assert_array_equal(paligemma.pool(patches, 4)[0, :, 0], [2.5, 4.5, 10.5, 12.5])
+    np.testing.assert_array_equal(paligemma.pool(patches, 1)[0, :, 0], [7.5])
+    np.testing.assert_array_equal(paligemma.pool(patches, 16), patches)
+
+
+def projecting(projector, **fields):
+    """A model of 16 px images, 4x4 patches, as a config makes it."""
+    section = config.Model(
+        image=config.ImageTower(variant='mu/4', width=12, mlp_dim=16, depth=1),
+        decoder=config.Decoder('gemma3_4b', width=D, depth=6, mlp_dim=16, num_heads=2, num_kv_heads=1, head_dim=4),
+        projector=projector,
+        **fields,
+    )
+    return paligemma.from_config(section, image_size=16, vocab_size=VOCAB)
+
+
+def two_images_in_text(model):
+    """Two rows of text with two images inside, of which row 1 has only its second; and their features' places."""
+    hole, image_mask = [-1] * model.image_tokens, np.array([[1, 1], [0, 1]], bool)
+    text = np.array([[9, *hole, 8, *hole, 7], [9, 5, *hole, 6, *([4] * len(hole))]], np.int32)
+    image = np.random.default_rng(2).normal(size=(2, 2, 16, 16, 3)).astype(np.float32)
+    return image, image_mask, text
+
+
+def test_gemma_3_projector_averages_normalises_and_projects():
+    model = projecting('pooled', image_tokens=4)
+    params, (image, image_mask, text) = random_params(model), two_images_in_text(model)
+    x = np.asarray(jax.jit(lambda p: model.embed(p, image, image_mask, text)[0])(params))
+    patches = model.img.apply({'params': params['img']}, image.reshape(-1, 16, 16, 3))[0]
+    z = np.asarray(patches, np.float64).reshape(4, 2, 2, 2, 2, 12).mean((2, 4)).reshape(4, 4, 12)
+    embedder = params['llm']['embedder']
+    z = z / np.sqrt((z**2).mean(-1, keepdims=True) + 1e-6) * (1 + embedder['mm_soft_embedding_norm']['scale'])
+    z = z @ embedder['mm_input_projection']['w']
+    np.testing.assert_allclose(x[0, 1:5], z[0], atol=2e-5)
+    np.testing.assert_allclose(x[0, 6:10], z[1], atol=2e-5)
+    np.testing.assert_allclose(x[1, 2:6], z[3], atol=2e-5)
+    assert 'head' not in params['img']
+
+
+def test_one_token_an_image():
+    model = projecting('cls')
+    params, (image, image_mask, text) = random_params(model), two_images_in_text(model)
+    x = np.asarray(jax.jit(lambda p: model.embed(p, image, image_mask, text)[0])(params))
+    z = np.asarray(model.img.apply({'params': params['img']}, image.reshape(-1, 16, 16, 3))[0])
+    assert model.image_tokens == 1 and z.shape == (4, D) and params['img']['cls'].shape == (1, 1, 12)
+    np.testing.assert_allclose([x[0, 1], x[0, 3], x[1, 2]], z[[0, 1, 3]], atol=1e-5)
+
+
+@pytest.mark.parametrize('projector', ['pooled', 'cls'])
+def test_projectors_learn(projector):
+    model = projecting(projector, **({'image_tokens': 4} if projector == 'pooled' else {}))
+    params, (image, image_mask, text) = random_params(model), two_images_in_text(model)
+    ones = np.ones_like(text)
+    rows = text, ones, np.broadcast_to(np.arange(text.shape[1], dtype=np.int32), text.shape), ones
+
+    def loss(params):
+        return jnp.mean(jnp.square(model.apply(params, image, image_mask, *rows)[0]))
+
+    gradients = jax.tree_util.tree_flatten_with_path(jax.jit(jax.grad(loss))(params))[0]
+    assert not [path for path, g in gradients if not np.abs(g).max() > 0 and path[-2].key != 'key']
+
+
+@pytest.mark.parametrize('image_tokens', [3, 9, 64, 0])
+def test_a_grid_that_does_not_average_down_is_refused(image_tokens):
+    message = f'model.image_tokens {image_tokens or 256}: a grid of 4x4 patches .16 px, mu/4.*side divides 4'
+    with pytest.raises(config.UserError, match=message):
+        projecting('pooled', image_tokens=image_tokens)
+    with pytest.raises(config.UserError, match="image_tokens 4: projector 'linear' does not average"):
+        projecting('linear', image_tokens=4)

@@ -1,12 +1,16 @@
 """Names, shapes and counts of the published checkpoints, without allocating one; model FLOPs against the jaxpr."""
 
 import math
+import re
+import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from big_vlm.models import gemma, paligemma, text_towers, two_towers, vit
+from big_vlm import config
+from big_vlm.models import gemma, gemma_variants, paligemma, text_towers, two_towers, vit
 
 
 def shapes(init):
@@ -25,8 +29,20 @@ def siglip(variant, image_size, text_length, vocab_size=32_000):
     return two_towers.TwoTowers(vit.ViT(variant), text, image_size, text_length)
 
 
-def pali_3b(image_size):
-    return paligemma.PaliGemma(vit.ViT('So400m/14', pool='none', head=2048), gemma.Gemma(), image_size)
+def pali(decoder, image_size):
+    """PaliGemma 1 or 2."""
+    llm = gemma.Gemma(variant=decoder)
+    return paligemma.PaliGemma(vit.ViT('So400m/14', pool='none', head=llm.sizes['width']), llm, image_size)
+
+
+def gemma3_with_images(decoder):
+    llm = gemma.Gemma(262_208, decoder, vision_width=1152)
+    return paligemma.PaliGemma(vit.ViT('So400m/14', pool='none'), llm, 896, pooled_tokens=256)
+
+
+def text_decoder(variant, vocab_size):
+    """With an `init`, as the other models have."""
+    return types.SimpleNamespace(init=lambda rng: gemma.init(gemma.Gemma(vocab_size, variant), rng))
 
 
 def encoder_block(prefix, n, d, heads, f):
@@ -96,7 +112,33 @@ def test_paligemma_names_and_shapes():
         'llm/layers/pre_attention_norm/scale': (18, 2048),
         'llm/layers/pre_ffw_norm/scale': (18, 2048),
     }
-    assert shapes(pali_3b(224).init) == expected
+    assert shapes(pali('gemma_2b', 224).init) == expected
+
+
+def test_gemma_3_names_and_shapes():
+    norms = ('pre_attention_norm', 'post_attention_norm', 'pre_ffw_norm', 'post_ffw_norm')
+    assert shapes(lambda rng: gemma.init(gemma.Gemma(262_144, 'gemma3_270m'), rng)) == {
+        'embedder/input_embedding': (262_144, 640),
+        'final_norm/scale': (640,),
+        'layers/attn/q_einsum/w': (18, 4, 640, 256),
+        'layers/attn/kv_einsum/w': (18, 2, 1, 640, 256),
+        'layers/attn/attn_vec_einsum/w': (18, 4, 256, 640),
+        'layers/attn/_query_norm/scale': (18, 256),
+        'layers/attn/_key_norm/scale': (18, 256),
+        'layers/mlp/gating_einsum': (18, 2, 640, 2048),
+        'layers/mlp/linear': (18, 2048, 640),
+        **{f'layers/{norm}/scale': (18, 640) for norm in norms},
+    }
+    gemma2 = shapes(lambda rng: gemma.init(gemma.Gemma(256_000, 'gemma2_2b'), rng))
+    assert {name for name in gemma2 if 'norm' in name} == {'final_norm/scale', *(f'layers/{n}/scale' for n in norms)}
+
+
+def test_which_layers_see_a_window():
+    assert set(gemma.Gemma(variant='gemma_2b').windows) == {0}
+    assert gemma.Gemma(variant='gemma2_2b').windows == (4096, 0) * 13
+    five_and_one = (512,) * 5 + (0,)
+    assert gemma.Gemma(variant='gemma3_1b').windows == five_and_one * 4 + (512, 512)
+    assert gemma.Gemma(variant='gemma3_27b', window=7, depth=6).windows == (7,) * 5 + (0,)
 
 
 def test_one_einsum_where_every_head_has_its_own_keys():
@@ -105,30 +147,51 @@ def test_one_einsum_where_every_head_has_its_own_keys():
     assert 'layers/attn/q_einsum/w' not in layers
 
 
-@pytest.mark.parametrize(
-    ('model', 'parameters'),
-    [
-        # google/siglip-base-patch16-224, -so400m-patch14-224 (16 tokens), -so400m-patch14-384; then siglip2's base
-        # and giant (as transformers counts them, built from the published sizes).
-        (siglip('B/16', 224, 64), 203_155_970),
-        (siglip('So400m/14', 224, 16), 877_360_306),
-        (siglip('So400m/14', 384, 64), 877_960_498),
-        (siglip('B/16', 224, 64, 256_000), 375_187_970),
-        (siglip('g-opt/16', 256, 64, 256_000), 1_871_393_906),
-        # google/paligemma-3b-pt-224, -448, -896, less Hugging Face's 64 rows of padding.
-        (pali_3b(224), 2_923_335_408),
-        (pali_3b(448), 2_924_220_144),
-        (pali_3b(896), 2_927_759_088),
-    ],
-)
-def test_published_parameter_counts(model, parameters):
+# The name of a checkpoint, ours of it, and its parameters: as its safetensors file says, or as transformers counts
+# them, built from the published configuration. PaliGemma: less Hugging Face's 64 rows of padding.
+PUBLISHED = {
+    'google/siglip-base-patch16-224': (siglip('B/16', 224, 64), 203_155_970),
+    'google/siglip-so400m-patch14-224': (siglip('So400m/14', 224, 16), 877_360_306),
+    'google/siglip-so400m-patch14-384': (siglip('So400m/14', 384, 64), 877_960_498),
+    'google/siglip2-base-patch16-224': (siglip('B/16', 224, 64, 256_000), 375_187_970),
+    'google/siglip2-giant-opt-patch16-256': (siglip('g-opt/16', 256, 64, 256_000), 1_871_393_906),
+    'google/gemma-2b': (text_decoder('gemma_2b', 256_000), 2_506_172_416),
+    'google/gemma-7b': (text_decoder('gemma_7b', 256_000), 8_537_680_896),
+    'google/gemma-2-2b': (text_decoder('gemma2_2b', 256_000), 2_614_341_888),
+    'google/gemma-2-9b': (text_decoder('gemma2_9b', 256_000), 9_241_705_984),
+    'google/gemma-2-27b': (text_decoder('gemma2_27b', 256_000), 27_227_128_320),
+    'google/gemma-3-270m': (text_decoder('gemma3_270m', 262_144), 268_098_176),
+    'google/gemma-3-1b-pt': (text_decoder('gemma3_1b', 262_144), 999_885_952),
+    'google/gemma-3-4b-pt': (gemma3_with_images('gemma3_4b'), 4_300_079_472),
+    'google/gemma-3-12b-pt': (gemma3_with_images('gemma3_12b'), 12_187_325_040),
+    'google/gemma-3-27b-pt': (gemma3_with_images('gemma3_27b'), 27_432_406_640),
+    'google/paligemma-3b-pt-224': (pali('gemma_2b', 224), 2_923_335_408),
+    'google/paligemma-3b-pt-448': (pali('gemma_2b', 448), 2_924_220_144),
+    'google/paligemma-3b-pt-896': (pali('gemma_2b', 896), 2_927_759_088),
+    'google/paligemma2-3b-pt-224': (pali('gemma2_2b', 224), 3_032_094_960),
+    'google/paligemma2-3b-pt-448': (pali('gemma2_2b', 448), 3_032_979_696),
+    'google/paligemma2-3b-pt-896': (pali('gemma2_2b', 896), 3_036_518_640),
+    'google/paligemma2-10b-pt-224': (pali('gemma2_9b', 224), 9_662_409_456),
+    'google/paligemma2-10b-pt-448': (pali('gemma2_9b', 448), 9_663_294_192),
+    'google/paligemma2-10b-pt-896': (pali('gemma2_9b', 896), 9_666_833_136),
+    'google/paligemma2-28b-pt-224': (pali('gemma2_27b', 224), 27_650_192_112),
+    'google/paligemma2-28b-pt-448': (pali('gemma2_27b', 448), 27_651_076_848),
+    'google/paligemma2-28b-pt-896': (pali('gemma2_27b', 896), 27_654_615_792),
+}
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_published_parameter_counts(name):
+    model, parameters = PUBLISHED[name]
     assert count(model.init) == parameters
 
 
-def test_gemma_parameter_counts():
-    # google/gemma-2b and -7b.
-    assert count(lambda rng: gemma.init(gemma.Gemma(256_000, 'gemma_2b'), rng)) == 2_506_172_416
-    assert count(lambda rng: gemma.init(gemma.Gemma(256_000, 'gemma_7b'), rng)) == 8_537_680_896
+def test_the_documented_table_is_this_one():
+    page = (Path(__file__).parents[2] / 'docs/models.md').read_text()
+    documented = re.findall(r'^\| `(google/[^`]*)` \|.*\| ([\d,]+) \|', page, flags=re.MULTILINE)
+    assert dict(documented) == {name: f'{parameters:,}' for name, (_, parameters) in PUBLISHED.items()}
+    variants = set(re.findall(r'`(gemma\d?_\w+)`', page))
+    assert variants == set(gemma_variants.VARIANTS)
 
 
 def matmul_flops(jaxpr):
@@ -172,14 +235,22 @@ def test_two_towers_flops(pool):
     assert model.forward_flops() == traced(lambda *a: model.apply(*a)[:2], params, image(model, 1), text)
 
 
-@pytest.mark.parametrize('kv_heads', [1, 2, 8])
-def test_paligemma_flops(kv_heads):
-    decoder = gemma.Gemma(1000, width=64, depth=3, mlp_dim=96, num_heads=8, num_kv_heads=kv_heads, head_dim=16)
-    model = paligemma.PaliGemma(vit.ViT('Ti/16', pool='none', head=64), decoder, 32)
-    rows = [jax.ShapeDtypeStruct((1, 2 * 4 + 7), jnp.int32)] * 4
+@pytest.mark.parametrize(
+    ('decoder', 'kv_heads', 'projector'),
+    [('gemma_2b', 1, 'linear'), ('gemma2_2b', 2, 'pooled'), ('gemma3_4b', 8, 'cls')],
+)
+def test_paligemma_flops(decoder, kv_heads, projector):
+    section = config.Model(
+        image=config.ImageTower('Ti/16'),
+        decoder=config.Decoder(decoder, width=64, depth=3, mlp_dim=96, num_heads=8, num_kv_heads=kv_heads, head_dim=16),
+        projector=projector,
+        image_tokens=4 if projector == 'pooled' else 0,
+    )
+    model = paligemma.from_config(section, image_size=64, vocab_size=1000)
+    rows = [jax.ShapeDtypeStruct((1, 2 * model.image_tokens + 7), jnp.int32)] * 4
     params = jax.eval_shape(model.init, jax.random.key(0))
 
     def forward(params, image, *rows):
-        return model.apply(params, image, None, *rows, logits_from=8)[0]
+        return model.apply(params, image, None, *rows, logits_from=2 * model.image_tokens)[0]
 
     assert model.forward_flops(7, num_images=2) == traced(forward, params, image(model, 1, 2), *rows)

@@ -52,3 +52,29 @@ def test_layers_do_not_share_buffers_so_the_cache_can_be_donated():
     after = bump(cache)
     assert len(after.layers) == 3 and after.layers[2].v.dtype == jnp.bfloat16
     np.testing.assert_array_equal(after.length, [1, 1])
+
+
+def ring(batch, slots):
+    """An empty layer whose window is `slots`, in a cache of 9."""
+    _, layer = kv_cache.empty(2, batch, 9, 1, 1, jnp.float32, windows=(0, slots)).layers
+    return layer
+
+
+def test_a_ring_takes_the_last_tokens_of_each_row_by_hand():
+    # Rows of 5, 2 and 3 tokens; row 1 has its padding in front, row 2 in the middle.
+    position = np.array([[0, 1, 2, 3, 4], [0, 0, 0, 0, 1], [0, 1, 0, 0, 2]], np.int32)
+    real = np.array([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1], [1, 1, 0, 0, 1]], bool)
+    k = numbered(3, 5)
+    layer = kv_cache.write_prefill(ring(3, 3), k, -k, position, real)
+    np.testing.assert_array_equal(layer.k[..., 0, 0], [[103, 104, 102], [203, 204, 0], [300, 301, 304]])
+    np.testing.assert_array_equal(layer.v, -layer.k)
+    # The next token of each row takes the slot of the one that left its window.
+    new = np.array([7.0, 8.0, 9.0], np.float32).reshape(3, 1, 1, 1)
+    layer = kv_cache.write_step(layer, new, new, np.array([5, 2, 3], np.int32))
+    np.testing.assert_array_equal(layer.k[..., 0, 0], [[103, 104, 7], [203, 204, 8], [9, 301, 304]])
+    np.testing.assert_array_equal(kv_cache.visible(np.array([6, 2, 1]), 3), [[1, 1, 1], [1, 1, 0], [1, 0, 0]])
+
+
+def test_a_window_that_the_cache_never_fills_is_no_ring():
+    layers = kv_cache.empty(3, 1, 4, 1, 1, jnp.float32, windows=(3, 4, 0)).layers
+    assert [(layer.ring, layer.k.shape[1]) for layer in layers] == [(True, 3), (False, 4), (False, 4)]

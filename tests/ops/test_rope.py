@@ -49,3 +49,9 @@ def test_low_precision_input_is_rotated_in_float32():
     np.testing.assert_allclose(
         np.asarray(got, np.float64), oracle(np.asarray(x, np.float32), position, 10_000.0), atol=2e-2
     )
+
+
+def test_a_scale_of_eight_is_an_eighth_of_the_position():
+    x = np.random.default_rng(3).normal(size=(1, 3, 2, 8)).astype(np.float32)
+    got = rope.rotate(x, np.array([[0, 16, 800]], np.int32), rope.frequencies(8, 1e6, 8.0))
+    np.testing.assert_allclose(got, oracle(x, np.array([[0, 2, 100]]), 1e6), atol=2e-5)

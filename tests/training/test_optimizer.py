@@ -14,7 +14,7 @@ from big_vlm.training import optimizer
 
 BLOCK = 'Transformer/encoderblock'
 ATTENTION = 'MultiHeadDotProductAttention_0'
-# Every parameter of SigLIP, PaliGemma (Gemma 1 and 2) as published; True: weight decay.
+# Every parameter of SigLIP, PaliGemma (Gemma 1 to 3) as published; True: weight decay.
 NAMES = {
     'img/embedding/kernel': True,
     'img/embedding/bias': False,
@@ -41,11 +41,15 @@ NAMES = {
     't': False,
     'b': False,
     'llm/embedder/input_embedding': True,
+    'llm/embedder/mm_input_projection/w': True,
+    'llm/embedder/mm_soft_embedding_norm/scale': False,
     'llm/final_norm/scale': False,
     'llm/layers/attn/q_einsum/w': True,
     'llm/layers/attn/kv_einsum/w': True,
     'llm/layers/attn/qkv_einsum/w': True,
     'llm/layers/attn/attn_vec_einsum/w': True,
+    'llm/layers/attn/_query_norm/scale': False,
+    'llm/layers/attn/_key_norm/scale': False,
     'llm/layers/mlp/gating_einsum': True,
     'llm/layers/mlp/linear': True,
     **{

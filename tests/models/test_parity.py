@@ -1,13 +1,10 @@
-"""Our models against Hugging Face's, on random weights: every embedding and logit within 2e-5 of the largest.
-
-The mapping is PARITY's, the other way round: (Hugging Face → ours), small enough to check by eye. The real importer
-lives in `interop`; this one must not share code with it.
-"""
+"""Our models against Hugging Face's, on random weights: every embedding and logit within 2e-5 of the largest."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hugging_face_weights import decoder, dense, encoder, image_tower, map_head, randomize, weights
 
 from big_vlm.models import gemma, paligemma, text_towers, two_towers, vit
 
@@ -24,114 +21,6 @@ def close(got, expected):
     expected = expected.detach().numpy() if isinstance(expected, torch.Tensor) else expected
     assert got.shape == expected.shape
     np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
-
-
-def randomize(model, seed=0):
-    """Every weight and bias, norms included; token and position embeddings small, so that each epsilon shows."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            spread = 1e-2 if 'embed' in name else 0.3
-            p.copy_(spread * torch.randn(p.shape, generator=generator) + (1.0 if _is_layer_norm(name) else 0.0))
-    return model.eval()  # torch's inference mode: no dropout
-
-
-def _is_layer_norm(name):
-    return name.endswith('.weight') and any(x in name for x in ('layer_norm', 'post_layernorm.', 'head.layernorm'))
-
-
-def weights(model):
-    return {name: p.detach().numpy() for name, p in model.state_dict().items()}
-
-
-def heads(w, n):
-    """[N·H, D] → [D, N, H]."""
-    return w.reshape(n, -1, w.shape[1]).transpose(2, 0, 1)
-
-
-def dense(sd, name):
-    return {'kernel': sd[name + '.weight'].T, 'bias': sd[name + '.bias']}
-
-
-def layer_norm(sd, name):
-    return {'scale': sd[name + '.weight'], 'bias': sd[name + '.bias']}
-
-
-def mlp(sd, name):
-    return {'Dense_0': dense(sd, name + '.fc1'), 'Dense_1': dense(sd, name + '.fc2')}
-
-
-def attention(q, k, v, out):
-    """Four (weight, bias) pairs."""
-    table = {
-        name: {'kernel': heads(w, HEADS), 'bias': b.reshape(HEADS, -1)}
-        for name, (w, b) in zip(('query', 'key', 'value'), (q, k, v), strict=True)
-    }
-    w, b = out
-    return table | {'out': {'kernel': w.T.reshape(HEADS, -1, w.shape[0]), 'bias': b}}
-
-
-def encoder(sd, prefix, final_norm):
-    def block(i):
-        at = f'{prefix}.layers.{i}'
-        pairs = [(sd[f'{at}.self_attn.{x}_proj.weight'], sd[f'{at}.self_attn.{x}_proj.bias']) for x in 'qkv']
-        out = sd[f'{at}.self_attn.out_proj.weight'], sd[f'{at}.self_attn.out_proj.bias']
-        return {
-            'LayerNorm_0': layer_norm(sd, f'{at}.layer_norm1'),
-            'LayerNorm_1': layer_norm(sd, f'{at}.layer_norm2'),
-            'MultiHeadDotProductAttention_0': attention(*pairs, out),
-            'MlpBlock_0': mlp(sd, f'{at}.mlp'),
-        }
-
-    blocks = jax.tree.map(lambda *x: np.stack(x), *(block(i) for i in range(LAYERS)))
-    return {'encoderblock': blocks, 'encoder_norm': layer_norm(sd, final_norm)}
-
-
-def image_tower(sd, prefix):
-    return {
-        'embedding': {
-            'kernel': sd[f'{prefix}.embeddings.patch_embedding.weight'].transpose(2, 3, 1, 0),
-            'bias': sd[f'{prefix}.embeddings.patch_embedding.bias'],
-        },
-        'pos_embedding': sd[f'{prefix}.embeddings.position_embedding.weight'][None],
-        'Transformer': encoder(sd, f'{prefix}.encoder', f'{prefix}.post_layernorm'),
-    }
-
-
-def map_head(sd, prefix):
-    w, b = (sd[f'{prefix}.attention.in_proj_{x}'].reshape(3, D, *rest) for x, rest in (('weight', (D,)), ('bias', ())))
-    out = sd[f'{prefix}.attention.out_proj.weight'], sd[f'{prefix}.attention.out_proj.bias']
-    return {
-        'probe': sd[f'{prefix}.probe'],
-        'MultiHeadDotProductAttention_0': attention(*zip(w, b, strict=True), out),
-        'LayerNorm_0': layer_norm(sd, f'{prefix}.layernorm'),
-        'MlpBlock_0': mlp(sd, f'{prefix}.mlp'),
-    }
-
-
-def decoder(sd, prefix, kv_heads):
-    def layer(i):
-        at = f'{prefix}.layers.{i}'
-        q, k, v = (sd[f'{at}.self_attn.{x}_proj.weight'] for x in 'qkv')
-        q, k, v = (heads(w, n).transpose(1, 0, 2) for w, n in ((q, N), (k, kv_heads), (v, kv_heads)))
-        einsums = {'q_einsum': {'w': q}, 'kv_einsum': {'w': np.stack([k, v])}}
-        out = sd[f'{at}.self_attn.o_proj.weight'].reshape(W, N, H).transpose(1, 2, 0)
-        return {
-            'attn': (einsums if kv_heads != N else {'qkv_einsum': {'w': np.stack([q, k, v])}})
-            | {'attn_vec_einsum': {'w': out}},
-            'mlp': {
-                'gating_einsum': np.stack([sd[f'{at}.mlp.gate_proj.weight'].T, sd[f'{at}.mlp.up_proj.weight'].T]),
-                'linear': sd[f'{at}.mlp.down_proj.weight'].T,
-            },
-            'pre_attention_norm': {'scale': sd[f'{at}.input_layernorm.weight']},
-            'pre_ffw_norm': {'scale': sd[f'{at}.post_attention_layernorm.weight']},
-        }
-
-    return {
-        'embedder': {'input_embedding': sd[f'{prefix}.embed_tokens.weight']},
-        'layers': jax.tree.map(lambda *x: np.stack(x), *(layer(i) for i in range(LAYERS))),
-        'final_norm': {'scale': sd[f'{prefix}.norm.weight']},
-    }
 
 
 ENCODER = dict(hidden_size=D, intermediate_size=F, num_hidden_layers=LAYERS, num_attention_heads=HEADS)
@@ -156,11 +45,12 @@ def test_siglip(embed_dim):
     theirs, rng = randomize(theirs), np.random.default_rng(1)
     sd = weights(theirs)
     params = {
-        'img': image_tower(sd, 'vision_model') | {'MAPHead_0': map_head(sd, 'vision_model.head')},
+        'img': image_tower(sd, 'vision_model', theirs.config.vision_config)
+        | {'MAPHead_0': map_head(sd, 'vision_model.head', theirs.config.vision_config)},
         'txt': {
             'Embed_0': {'embedding': sd['text_model.embeddings.token_embedding.weight']},
             'pos_embedding': sd['text_model.embeddings.position_embedding.weight'][None],
-            'Encoder_0': encoder(sd, 'text_model.encoder', 'text_model.final_layer_norm'),
+            'Encoder_0': encoder(sd, 'text_model.encoder', 'text_model.final_layer_norm', theirs.config.text_config),
             'head': dense(sd, 'text_model.head'),
         },
         't': sd['logit_scale'],
@@ -195,7 +85,7 @@ def make_gemma(kv_heads, vocab=60):
 def test_gemma(kv_heads):
     config = transformers.GemmaConfig(**DECODER, num_key_value_heads=kv_heads, vocab_size=60)
     theirs, ours = randomize(transformers.GemmaForCausalLM(config)), make_gemma(kv_heads)
-    params = decoder(weights(theirs), 'model', kv_heads)
+    params = decoder(weights(theirs), 'model', config)
     same_structure(params, lambda rng: gemma.init(ours, rng))
     tokens = np.random.default_rng(1).integers(0, 60, (2, 9))
     with torch.no_grad():
@@ -228,8 +118,9 @@ def test_paligemma_forward_and_greedy_decoding(kv_heads):
     theirs = randomize(transformers.PaliGemmaForConditionalGeneration(config))
     sd = weights(theirs)
     params = {
-        'img': image_tower(sd, 'model.vision_tower') | {'head': dense(sd, 'model.multi_modal_projector.linear')},
-        'llm': decoder(sd, 'model.language_model', kv_heads),
+        'img': image_tower(sd, 'model.vision_tower', config.vision_config)
+        | {'head': dense(sd, 'model.multi_modal_projector.linear')},
+        'llm': decoder(sd, 'model.language_model', config.text_config),
     }
     image_model = vit.ViT(f'mu/{PATCH}', pool='none', head=W, **OURS)
     ours = paligemma.PaliGemma(image_model, make_gemma(kv_heads, 61), image_size=14)

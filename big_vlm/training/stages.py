@@ -301,8 +301,8 @@ def _remember(workdir: pathlib.Path, stages: Mapping[str, Stage]) -> None:
     now = {name: config.to_dict(stage) for name, stage in stages.items()}
     if file.is_file():
         try:
-            before = json.loads(file.read_text())
-        except ValueError:
+            before = {name: _today(section) for name, section in json.loads(file.read_text()).items()}
+        except (ValueError, AttributeError):
             raise UserError(f'{file}: damaged: remove it, or choose another workdir') from None
         changed = [
             key
@@ -322,6 +322,14 @@ def _remember(workdir: pathlib.Path, stages: Mapping[str, Stage]) -> None:
             raise _another_size(tokenizer, made[0], asked)
         now = before | now
     write_text(file, json.dumps(now, indent=1))
+
+
+def _today(stage: dict[str, Any]) -> dict[str, Any]:
+    """A stored config with what has become a setting since: such a run used its default."""
+    try:
+        return json.loads(json.dumps(config.to_dict(config.parse_stage(stage))))
+    except UserError:  # Something it says is none any more, which the comparison then shows.
+        return stage
 
 
 def _binding(stage: dict[str, Any]) -> dict[str, Any]:

@@ -162,6 +162,17 @@ def test_a_workdir_of_another_config_is_refused(another, tiny_digit_scenes):
         stages.run(make(tiny_digit_scenes), another)
 
 
+def test_a_setting_that_is_new_since_does_not_make_it_another_config(another, tiny_digit_scenes):
+    stored = json.loads((another / 'config.json').read_text())
+    del stored['pretrain']['model']['image']['position_init'], stored['transfer']['optimizer']['ema_decay']
+    (another / 'config.json').write_text(json.dumps(stored))
+    stages.run(make(tiny_digit_scenes), another)
+    stored['pretrain']['model']['gone'] = 1
+    (another / 'config.json').write_text(json.dumps(stored))
+    with pytest.raises(UserError, match=r'pretrain\.model\.gone: 1 → None'):
+        stages.run(make(tiny_digit_scenes), another)
+
+
 def test_where_it_runs_and_what_it_logs_may_change(another, tiny_digit_scenes, monkeypatch):
     monkeypatch.setattr(stages, 'run_stage', lambda *_, **__: pytest.fail('trains again'))
     changed = make(tiny_digit_scenes, pretrain__mesh={'fsdp': 2}, transfer__log_every=2, pretrain__data__threads=1)

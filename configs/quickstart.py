@@ -102,7 +102,7 @@ def transfer(args: dict, size: int = 64, text: int = 20) -> ConfigDict:
     """One task, naming colours, at a higher resolution: the position embedding is resized on the way in."""
     stage = base(args, size, text)
     stage.task = 'generative'
-    stage.total = dict(steps=20 if args['smoke'] else 250)
+    stage.total = dict(steps=20 if args['smoke'] else 150)
     stage.batch_size = 32
     stage.model.update(image=image_tower(), decoder=decoder())
     stage.init_from = dict(stage='multimodal')

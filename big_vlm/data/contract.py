@@ -45,7 +45,12 @@ class Contract:
     def make(
         cls, settings: config.Contract, tokenizer: Tokenizer, image_tokens: int = 0, softcap: float = 0.0
     ) -> 'Contract':
-        """The contract of a stage: its settings, its tokenizer, and what its model adds."""
+        """The contract of a stage: its settings, its tokenizer, and what its model adds.
+
+        Raises UserError for a decoder whose tokenizer has no bos to start a prompt with.
+        """
+        if image_tokens and tokenizer.bos_id < 0:
+            raise UserError(f'tokenizer {tokenizer.path} has no bos_id, and a decoder needs one: choose another model')
         return cls(
             **{f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)},
             separator_ids=tuple(tokenizer.encode(settings.separator)),

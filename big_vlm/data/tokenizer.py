@@ -24,21 +24,28 @@ class Tokenizer:
     never added here.
     """
 
-    def __init__(self, model: bytes, path: str = ''):
-        """`model`: the bytes of a SentencePiece model file. `path`: where they came from."""
+    def __init__(self, model: bytes, path: str = '', locations: bool = True):
+        """`model`: the bytes of a SentencePiece model file. `path`: where they came from.
+
+        `locations`: False leaves out the location and segmentation tokens, for models that have no rows for them, such
+        as SigLIP; '<loc0007>' is then spelt like any text. A model without bos (SigLIP 1's) pads with eos.
+        """
         self._model = model
         self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.path = path
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.base = self._pieces.vocab_size()
-        self.vocab_size = self.base + NUM_LOCATIONS + NUM_SEGMENTS
+        self.locations = locations
+        self.vocab_size = self.base + (NUM_LOCATIONS + NUM_SEGMENTS if locations else 0)
         self.pad_id, self.bos_id, self.eos_id = self._pieces.pad_id(), self._pieces.bos_id(), self._pieces.eos_id()
+        if self.bos_id < 0:
+            self.pad_id = self.eos_id
         # Bound to this instance, so that a tokenizer that goes takes its memory along.
         self._encode = functools.lru_cache(maxsize=_REMEMBERED)(self._encode_uncached)
 
     @classmethod
     def load(cls, path: str | Path) -> 'Tokenizer':
-        """Reads a SentencePiece model file. Raises UserError if there is none, or if it lacks pad, bos or eos."""
+        """Reads a SentencePiece model file. Raises UserError if there is none, or if it lacks pad or eos."""
         try:
             model = Path(path).read_bytes()
         except OSError as error:
@@ -47,10 +54,14 @@ class Tokenizer:
             tokenizer = cls(model, str(path))
         except (RuntimeError, ValueError) as error:
             raise UserError(f'{path} is not a SentencePiece model') from error
-        for name in ('pad_id', 'bos_id', 'eos_id'):
+        for name in ('pad_id', 'eos_id'):
             if getattr(tokenizer, name) < 0:
-                raise UserError(f'tokenizer {path} has no {name}: choose a model that defines pad, bos and eos')
+                raise UserError(f'tokenizer {path} has no {name}: choose a model that defines pad and eos')
         return tokenizer
+
+    def without_locations(self) -> 'Tokenizer':
+        """The same pieces alone."""
+        return Tokenizer(self._model, self.path, locations=False)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, path: str | Path) -> 'Tokenizer':
@@ -78,7 +89,7 @@ class Tokenizer:
         return list(self._encode(text))
 
     def _encode_uncached(self, text: str) -> tuple[int, ...]:
-        if '<' not in text:
+        if '<' not in text or not self.locations:
             return tuple(self._pieces.encode(text))
         ids, start = [], 0
         for match in TOKEN.finditer(text):
@@ -106,7 +117,7 @@ class Tokenizer:
         """The piece of an id as the model stores it: '▁red', '<0x0A>', '<loc0012>'; U+FFFD beyond the vocabulary."""
         if 0 <= i < self.base:
             return self._pieces.id_to_piece(i)
-        number = i - self.base
+        number = i - self.base if self.locations else -1
         if 0 <= number < NUM_LOCATIONS:
             return f'<loc{number:04d}>'
         if 0 <= number - NUM_LOCATIONS < NUM_SEGMENTS:
@@ -118,7 +129,7 @@ class Tokenizer:
         Path(path).write_bytes(self._model)
 
     def __reduce__(self) -> tuple:
-        return Tokenizer, (self._model, self.path)
+        return Tokenizer, (self._model, self.path, self.locations)
 
 
 def _train(texts: list[str], vocab_size: int) -> bytes:

@@ -1,0 +1,291 @@
+"""What config.json and preprocessor_config.json of a Hugging Face folder say, in our words, and the other way round."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from big_vlm import config
+from big_vlm.config import UserError, unknown
+from big_vlm.data.contract import Contract
+from big_vlm.interop import pretrained
+from big_vlm.interop.pretrained import Pretrained
+from big_vlm.models import gemma, vit
+
+# Their key → (ours, what an absent key means).
+_VISION = {
+    'hidden_size': ('width', 768),
+    'num_hidden_layers': ('depth', 12),
+    'intermediate_size': ('mlp_dim', 3072),
+    'num_attention_heads': ('num_heads', 12),
+}
+_DECODER = {
+    'hidden_size': ('width', 3072),
+    'num_hidden_layers': ('depth', 28),
+    'intermediate_size': ('mlp_dim', 24_576),
+    'num_attention_heads': ('num_heads', 16),
+    'num_key_value_heads': ('num_kv_heads', 16),
+    'head_dim': ('head_dim', 256),
+}
+# Their key → the values under which our models compute the same; the first is what an absent key means.
+_ENCODER_FIXED = {'hidden_act': ('gelu_pytorch_tanh',), 'layer_norm_eps': (1e-6,)}
+_DECODER_FIXED = {
+    'hidden_act': ('gelu_pytorch_tanh', 'gelu'),  # 'gelu' in a Gemma 1 config means the tanh one
+    'hidden_activation': (None, 'gelu_pytorch_tanh'),
+    'rms_norm_eps': (1e-6,),
+    'attention_bias': (False,),
+    'rope_scaling': (None,),
+}
+_ROPE_FIXED = {'rope_theta': (10_000.0,), 'rope_type': ('default',)}
+_RESAMPLE = {2: 'bilinear', 3: 'bicubic'}  # Pillow's numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A folder's model: `vocab_size` rows of the `table_rows` of its token table are tokens, the others padding."""
+
+    family: str
+    model: config.Model
+    contract: config.Contract
+    vocab_size: int
+    table_rows: int
+
+
+def read(folder: pathlib.Path) -> Settings:
+    """Raises UserError: no config.json, another family, options that our models do not have."""
+    where = folder / 'config.json'
+    content = read_json(where)
+    family = content.get('model_type')
+    readers = {'siglip': _siglip, 'paligemma': _paligemma, 'gemma': _gemma}
+    if family not in readers:
+        raise unknown('model_type', str(family), readers, str(where))
+    try:
+        settings = readers[family](content, where)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise UserError(f'{where}: damaged ({type(error).__name__}: {error})') from None
+    if family in pretrained.DECODERS:
+        return settings
+    return dataclasses.replace(settings, contract=_pixels(folder, settings.contract))
+
+
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError for what is none."""
+    try:
+        content = json.loads(file.read_text(encoding='utf-8'))
+    except OSError as error:
+        raise UserError(f'{file}: cannot be read: {error.strerror}') from None
+    except ValueError as error:
+        raise UserError(f'{file}: damaged ({error})') from None
+    if not isinstance(content, dict):
+        raise UserError(f'{file}: damaged (no JSON object)')
+    return content
+
+
+def _siglip(content: Mapping[str, Any], where: pathlib.Path) -> Settings:
+    text, vision = content.get('text_config') or {}, content.get('vision_config') or {}
+    image, image_size = _image_tower(vision, f'{where}: vision_config', head=True)
+    _fixed(text, _ENCODER_FIXED, f'{where}: text_config')
+    sizes = _sizes(text, _VISION)
+    # Without a projection_size the head keeps the text tower's width.
+    embed_dim = text.get('projection_size') or sizes['width']
+    width = _sizes(vision, _VISION)['width']
+    if embed_dim != width:
+        raise UserError(f'{where}: texts of {embed_dim} and images of {width} numbers cannot be compared')
+    rows = int(text.get('vocab_size', 32_000))
+    model = config.Model(image=image, text=pretrained.text_tower(**sizes))
+    settings = config.Contract(image_size=image_size, text_length=int(text.get('max_position_embeddings', 64)))
+    return Settings('siglip', model, settings, rows, rows)
+
+
+def _paligemma(content: Mapping[str, Any], where: pathlib.Path) -> Settings:
+    text, vision = content.get('text_config') or {}, content.get('vision_config') or {}
+    if text.get('model_type', 'gemma') != 'gemma':
+        raise unknown('text_config.model_type', str(text['model_type']), ['gemma'], str(where))
+    image, image_size = _image_tower(vision, f'{where}: vision_config', head=False)
+    decoder = _decoder(text, where)
+    rows = int(text.get('vocab_size', 256_000))
+    # `<image>` is the first id beyond the tokens; it and the padding after it are no part of our table.
+    tokens = min(int(content.get('image_token_index', content.get('image_token_id', rows))), rows)
+    settings = config.Contract(
+        image_size=image_size, text_length=pretrained.paligemma_text_length(image_size), lower=False
+    )
+    return Settings('paligemma', config.Model(image=image, decoder=decoder), settings, tokens, rows)
+
+
+def _gemma(content: Mapping[str, Any], where: pathlib.Path) -> Settings:
+    rows = int(content.get('vocab_size', 256_000))
+    model = config.Model(decoder=_decoder(content, where))
+    return Settings('gemma', model, config.Contract(lower=False), rows, rows)
+
+
+def _image_tower(vision: Mapping[str, Any], where: str, head: bool) -> tuple[config.ImageTower, int]:
+    _fixed(vision, _ENCODER_FIXED | {'num_channels': (3,)}, where)
+    if vision.get('vision_use_head', True) != head:
+        raise UserError(f'{where}: vision_use_head must be {str(head).lower()} for this family')
+    patch, size = int(vision.get('patch_size', 16)), int(vision.get('image_size', 224))
+    return pretrained.image_tower(patch, pool='map' if head else 'none', **_sizes(vision, _VISION)), size
+
+
+def _decoder(text: Mapping[str, Any], where: pathlib.Path) -> config.Decoder:
+    _fixed(text, _DECODER_FIXED, str(where))
+    _fixed({**text, **(text.get('rope_parameters') or {})}, _ROPE_FIXED, str(where))
+    return pretrained.decoder(pretrained.GEMMA_NAMES, **_sizes(text, _DECODER))
+
+
+def _sizes(section: Mapping[str, Any], keys: Mapping[str, tuple[str, int]]) -> dict[str, int]:
+    return {ours: int(section.get(theirs, default)) for theirs, (ours, default) in keys.items()}
+
+
+def _fixed(section: Mapping[str, Any], keys: Mapping[str, tuple[Any, ...]], where: str) -> None:
+    for key, accepted in keys.items():
+        value = section.get(key, accepted[0])
+        if value not in accepted:
+            raise UserError(f'{where}: {key} is {value!r}, and this family is computed with {accepted[0]!r} here')
+
+
+def _pixels(folder: pathlib.Path, settings: config.Contract) -> config.Contract:
+    """`settings` with the resize and value range of the folder's image processor; without one, transformers' own."""
+    file = folder / 'preprocessor_config.json'
+    if file.is_file():
+        content = read_json(file)
+    elif (folder / 'processor_config.json').is_file():
+        file = folder / 'processor_config.json'
+        content = read_json(file).get('image_processor', {})
+    else:
+        content = {}
+    try:
+        resample = int(content.get('resample', 3))
+        size = content.get('size') or {}
+        sizes = {int(size[key]) for key in ('height', 'width') if key in size} or {settings.image_size}
+        means, stds = (
+            {float(x) for x in content.get(key, [0.5])} if content.get('do_normalize', True) else {default}
+            for key, default in (('image_mean', 0.0), ('image_std', 1.0))
+        )
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f'{file}: damaged ({type(error).__name__}: {error})') from None
+    if resample not in _RESAMPLE:
+        raise UserError(f'{file}: resample {resample}: must be 2 (bilinear) or 3 (bicubic)')
+    if sizes != {settings.image_size}:
+        raise UserError(f"{file}: size {sorted(sizes)} is not the model's image_size, {settings.image_size}")
+    if len(means) > 1 or len(stds) > 1 or not min(stds):
+        raise UserError(f'{file}: image_mean {sorted(means)}, image_std {sorted(stds)}: colours must share one range')
+    [mean], [std] = means, stds
+    return dataclasses.replace(
+        settings,
+        resample=_RESAMPLE[resample],
+        antialias=True,
+        value_range=(-mean / std, (1.0 - mean) / std),
+    )
+
+
+def describe(model: Pretrained, contract: Contract | None) -> dict[str, dict[str, Any]]:
+    """File name → content of the JSON files of a folder, all but the tokenizer's.
+
+    Raises UserError for what transformers has no class for.
+    """
+    settings, sections = model.settings, model.model
+    _expressible(model)
+    image, decoder = sections.image, sections.decoder
+    [dtype] = {leaf.dtype.name for leaf in model.weights.shapes.values()} or {'float32'}
+    ids = {}
+    if contract is not None:
+        ids = {'pad_token_id': contract.pad_id, 'eos_token_id': contract.eos_id}
+        ids['bos_token_id'] = contract.bos_id if contract.bos_id >= 0 else None
+    head = {'dtype': dtype}
+    if model.family == 'gemma':
+        return {'config.json': {'architectures': ['GemmaForCausalLM'], **head, **_their_decoder(model), **ids}}
+    vision = _their_sizes(_VISION, vit.ViT(**dataclasses.asdict(image)).sizes)
+    patch = vit.decode_variant(image.variant)['patch_size']
+    vision |= {'model_type': 'siglip_vision_model', 'image_size': settings.image_size, 'patch_size': patch}
+    vision |= {'hidden_act': 'gelu_pytorch_tanh', 'layer_norm_eps': 1e-6, 'num_channels': 3}
+    tokens = (settings.image_size // patch) ** 2
+    if model.family == 'siglip':
+        text = _their_sizes(_VISION, vit.resolve(sections.text.variant, **_given(sections.text)))
+        text |= {'model_type': 'siglip_text_model', 'vocab_size': model.vocab_size}
+        text |= {'max_position_embeddings': settings.text_length, 'projection_size': vision['hidden_size']}
+        text |= {'hidden_act': 'gelu_pytorch_tanh', 'layer_norm_eps': 1e-6, **ids}
+        vision |= {'vision_use_head': True}
+        content = {'architectures': ['SiglipModel'], 'model_type': 'siglip', **head, 'initializer_factor': 1.0}
+        content |= {'text_config': text, 'vision_config': vision}
+        return {'config.json': content, 'preprocessor_config.json': _processor(settings, 'SiglipProcessor')}
+    width = gemma.Gemma(**dataclasses.asdict(decoder)).sizes['width']
+    text = _their_decoder(model) | {'num_image_tokens': tokens, **ids}
+    vision |= {'vision_use_head': False, 'projection_dim': width}
+    content = {'architectures': ['PaliGemmaForConditionalGeneration'], 'model_type': 'paligemma', **head, **ids}
+    content |= {'image_token_index': model.vocab_size, 'vocab_size': model.vocab_size}
+    content |= {'hidden_size': width, 'projection_dim': width, 'tie_word_embeddings': True}
+    content |= {'text_config': text, 'vision_config': vision}
+    processor = _processor(settings, 'PaliGemmaProcessor') | {'image_seq_length': tokens}
+    return {'config.json': content, 'preprocessor_config.json': processor}
+
+
+def padded(vocab_size: int, multiple: int = 64) -> int:
+    """Rows of a PaliGemma's token table: room for `<image>`, rounded up. 257,152 → 257,216."""
+    return -(-(vocab_size + 1) // multiple) * multiple
+
+
+def _their_decoder(model: Pretrained) -> dict[str, Any]:
+    sizes = gemma.Gemma(**dataclasses.asdict(model.model.decoder)).sizes
+    rows = padded(model.vocab_size) if model.family == 'paligemma' else model.vocab_size
+    return {
+        'model_type': 'gemma',
+        **_their_sizes(_DECODER, sizes),
+        'hidden_act': 'gelu_pytorch_tanh',
+        'rms_norm_eps': 1e-6,
+        'rope_theta': 10_000.0,
+        'max_position_embeddings': 8192,
+        'tie_word_embeddings': True,
+        'vocab_size': rows,
+    }
+
+
+def _their_sizes(keys: Mapping[str, tuple[str, int]], sizes: Mapping[str, int]) -> dict[str, int]:
+    return {theirs: sizes[ours] for theirs, (ours, _) in keys.items()}
+
+
+def _given(tower: config.TextTower | config.ImageTower) -> dict[str, int]:
+    return {key: getattr(tower, key) for key in ('width', 'depth', 'mlp_dim', 'num_heads')}
+
+
+def _processor(settings: config.Contract, name: str) -> dict[str, Any]:
+    low, high = settings.value_range
+    [resample] = [number for number, method in _RESAMPLE.items() if method == settings.resample]
+    return {
+        'image_processor_type': 'SiglipImageProcessor',
+        'processor_class': name,
+        'do_resize': True,
+        'size': {'height': settings.image_size, 'width': settings.image_size},
+        'resample': resample,
+        'do_rescale': True,
+        'rescale_factor': 1 / 255,
+        'do_normalize': True,
+        'image_mean': [-low / (high - low)] * 3,
+        'image_std': [1 / (high - low)] * 3,
+    }
+
+
+def _expressible(model: Pretrained) -> None:
+    """Raises UserError for settings under which transformers would compute something else."""
+    sections = model.model
+    needs = []
+    if model.family != 'gemma':
+        needs.append(('model.image.position', sections.image.position, 'learn'))
+    if model.family == 'siglip':
+        width = vit.ViT(**dataclasses.asdict(sections.image)).sizes['width']
+        needs += [
+            ('model.image.pool', sections.image.pool, 'map'),
+            ('model.text.pool', sections.text.pool, 'last'),
+            ('model.text.mask', sections.text.mask, False),
+            ('model.embed_dim', sections.embed_dim or width, width),
+        ]
+    else:
+        needs.append(('model.decoder.final_softcap', sections.decoder.final_softcap, 0.0))
+    for key, value, needed in needs:
+        if value != needed:
+            raise UserError(
+                f'{model.weights.where}: {key} is {value!r}, and transformers computes a {model.family} with '
+                f'{needed!r}: write an .npz instead'
+            )

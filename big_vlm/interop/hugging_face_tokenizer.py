@@ -1,0 +1,44 @@
+"""The tokenizer's files of a Hugging Face folder: a SentencePiece model, and what transformers has to know about it."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+from big_vlm.data.contract import Contract
+from big_vlm.data.coordinates import NUM_LOCATIONS, NUM_SEGMENTS
+from big_vlm.data.tokenizer import Tokenizer
+
+_FILES = ('tokenizer.model', 'spiece.model')  # Gemma's name, SigLIP 1's
+
+
+def find(folder: pathlib.Path) -> pathlib.Path | None:
+    """The SentencePiece model of a folder, if it has one."""
+    return next((folder / name for name in _FILES if (folder / name).is_file()), None)
+
+
+def write(folder: pathlib.Path, family: str, contract: Contract, tokenizer: Tokenizer) -> None:
+    """Writes the SentencePiece model and tokenizer_config.json. Raises OSError where the disk is full."""
+    special = {'pad_token': contract.pad_id, 'eos_token': contract.eos_id, 'bos_token': contract.bos_id}
+    content: dict[str, Any] = {name: tokenizer.piece(i) for name, i in special.items() if i >= 0}
+    siglip_1 = family == 'siglip' and tokenizer.bos_id < 0
+    if family == 'siglip':
+        content |= {'model_max_length': contract.text_length, 'padding_side': 'right'}
+        content |= {'do_lower_case': contract.lower, 'add_bos_token': False, 'add_eos_token': contract.eos}
+        content |= {'tokenizer_class': 'SiglipTokenizer' if siglip_1 else 'GemmaTokenizer'}
+    else:
+        content |= {'tokenizer_class': 'GemmaTokenizer', 'add_bos_token': True, 'add_eos_token': False}
+    if family == 'paligemma':
+        content |= {'processor_class': 'PaliGemmaProcessor', 'extra_special_tokens': {'image_token': '<image>'}}
+        added = [tokenizer.piece(tokenizer.base + i) for i in range(NUM_LOCATIONS + NUM_SEGMENTS)]
+        entries = [(tokenizer.base + i, token, False) for i, token in enumerate(added)]
+        entries.append((contract.vocab_size, '<image>', True))
+        content['added_tokens_decoder'] = {str(i): _added(token, special) for i, token, special in entries}
+    tokenizer.save(folder / (_FILES[1] if siglip_1 else _FILES[0]))
+    (folder / 'tokenizer_config.json').write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+
+
+def _added(token: str, special: bool) -> dict[str, Any]:
+    flags = dict.fromkeys(('lstrip', 'normalized', 'rstrip', 'single_word'), False)
+    return {'content': token, 'special': special, **flags}

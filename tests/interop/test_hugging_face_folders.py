@@ -1,0 +1,294 @@
+"""Hugging Face folders: the goldens give what transformers computed from them; names of both versions; refusals.
+
+`tests/goldens` is written by `tools/make_goldens.py`; nothing here needs torch or transformers.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from big_vlm import interop
+from big_vlm.checkpoints import trees
+from big_vlm.config import UserError
+from big_vlm.interop import big_vision, hugging_face, safetensors_files
+from big_vlm.models import gemma
+
+GOLDENS = Path(__file__).parents[1] / 'goldens'
+NAMES = ('siglip', 'siglip2', 'paligemma', 'gemma')
+TOLERANCE = 2e-5
+
+
+def close(got, expected):
+    assert got.shape == expected.shape
+    np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+
+
+def params(model):
+    return trees.nested({name: model.weights.read(name) for name in model.weights.shapes})
+
+
+def outputs(name):
+    with np.load(GOLDENS / name / 'outputs.npz', allow_pickle=False) as file:
+        return dict(file)
+
+
+@pytest.mark.parametrize('name', ['siglip', 'siglip2'])
+def test_siglip_computes_what_transformers_does(name):
+    model, golden = interop.read(GOLDENS / name), outputs(name)
+    weights = params(model)
+    zimg, ztxt, out = jax.jit(model.build().apply)(weights, golden['image'], golden['text'])
+    close(out['img/blocks'], golden['image_blocks'])
+    close(out['txt/blocks'], golden['text_blocks'])
+    close(zimg, golden['image_embeds'])
+    close(ztxt, golden['text_embeds'])
+    close(zimg @ ztxt.T * jnp.exp(weights['t']) + weights['b'], golden['logits'])
+
+
+def test_paligemma_computes_what_transformers_does():
+    model, golden = interop.read(GOLDENS / 'paligemma'), outputs('paligemma')
+    text, suffix = golden['text'], golden['suffix']
+    position = np.broadcast_to(np.arange(text.shape[1], dtype=np.int32), text.shape)
+    rows = text, np.ones_like(text), position, suffix
+    first = model.build().image_tokens - 1
+    logits, out = jax.jit(lambda p: model.build().apply(p, golden['image'][:, None], None, *rows, logits_from=first))(
+        params(model)
+    )
+    close(out['blocks'][:-1], golden['blocks'])
+    close(logits, golden['logits'])
+
+
+def test_gemma_computes_what_transformers_does():
+    model, golden = interop.read(GOLDENS / 'gemma'), outputs('gemma')
+    decoder, llm, text = model.build(), params(model)['llm'], golden['text']
+    position = np.broadcast_to(np.arange(9, dtype=np.int32), (2, 9))
+    mask = np.broadcast_to(np.tril(np.ones((9, 9), bool)), (2, 9, 9))
+
+    @jax.jit
+    def forward(llm):
+        x, out = decoder.apply({'params': llm}, gemma.embed(decoder, llm, text), position, mask)
+        return gemma.logits(decoder, llm, x), out['blocks']
+
+    logits, blocks = forward(llm)
+    close(blocks[:-1], golden['blocks'])
+    close(logits, golden['logits'])
+
+
+def test_what_config_json_and_its_neighbours_say():
+    siglip, siglip2 = interop.read(GOLDENS / 'siglip'), interop.read(GOLDENS / 'siglip2')
+    assert (siglip.family, siglip.vocab_size, siglip.settings.text_length) == ('siglip', 34, 7)
+    assert (siglip2.model.text.width, siglip2.model.image.width, siglip2.model.image.num_heads) == (24, 16, 4)
+    assert (siglip2.settings.image_size, siglip2.settings.resample, siglip2.settings.antialias) == (14, 'bicubic', True)
+    assert siglip.settings.lower and siglip.settings.value_range == (-1.0, 1.0)
+    paligemma = interop.read(GOLDENS / 'paligemma')
+    # 1472 rows are in the file: 1452 tokens, `<image>`, padding.
+    assert (paligemma.vocab_size, paligemma.weights.shapes['llm/embedder/input_embedding'].shape) == (1452, (1452, 16))
+    assert not paligemma.settings.lower and paligemma.model.image.pool == 'none'
+    assert paligemma.tokenizer == GOLDENS / 'paligemma' / 'tokenizer.model'
+
+
+def test_published_configs_with_nothing_but_defaults(tmp_path):
+    """google/siglip-base-patch16-224 says no more than this; the sizes are found without its weights."""
+    content = {'model_type': 'siglip', 'text_config': {'model_type': 'siglip_text_model'}, 'vision_config': {}}
+    (tmp_path / 'config.json').write_text(json.dumps(content))
+    pixels = {'resample': 2, 'size': {'height': 224, 'width': 224}, 'image_mean': [0.0] * 3, 'image_std': [1.0] * 3}
+    (tmp_path / 'preprocessor_config.json').write_text(json.dumps(pixels))
+    settings = hugging_face.hugging_face_config.read(tmp_path)
+    assert (settings.model.image.variant, settings.model.text.variant, settings.vocab_size) == ('B/16', 'B', 32_000)
+    assert settings.model.image.width == 0, 'the variant says it'
+    assert (settings.contract.resample, settings.contract.value_range) == ('bilinear', (0.0, 1.0))
+
+
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('per_layer', [False, True])
+def test_round_trip_is_bit_identical(tmp_path, name, per_layer):
+    """big_vision → ours → Hugging Face → ours → big_vision."""
+    start, end, folder = tmp_path / 'start.npz', tmp_path / 'end.npz', tmp_path / 'folder'
+    big_vision.write(start, interop.read(GOLDENS / name).weights, per_layer=per_layer)
+    hugging_face.write(folder, interop.read(start))
+    assert len(load_file(folder / 'model.safetensors')) == len(load_shards(GOLDENS / name))
+    big_vision.write(end, interop.read(folder).weights, per_layer=per_layer)
+    with np.load(start, allow_pickle=False) as a, np.load(end, allow_pickle=False) as b:
+        assert sorted(a) == sorted(b)
+        for key in a:
+            assert a[key].tobytes() == b[key].tobytes(), key
+    assert start.read_bytes() == end.read_bytes()
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_an_exported_tensor_is_the_imported_one(tmp_path, name):
+    """Under the published names, bit for bit but for the padding rows of a token table."""
+    hugging_face.write(tmp_path / 'folder', interop.read(GOLDENS / name))
+    mine, theirs = load_file(tmp_path / 'folder' / 'model.safetensors'), load_shards(GOLDENS / name)
+    for key, expected in theirs.items():
+        key = key.replace('vision_tower.', 'vision_tower.vision_model.')
+        assert mine[key].shape == expected.shape
+        tokens = 1452 if key.endswith('embed_tokens.weight') else None
+        np.testing.assert_array_equal(mine[key][:tokens], expected[:tokens], err_msg=key)
+
+
+def load_shards(folder):
+    return {name: x for file in sorted(folder.glob('*.safetensors')) for name, x in load_file(file).items()}
+
+
+def copied(tmp_path, name):
+    folder = tmp_path / name
+    shutil.copytree(GOLDENS / name, folder)
+    return folder
+
+
+def rewritten(tmp_path, name, rename=lambda key: key, drop=(), **more):
+    """The golden with other tensors in its one file."""
+    folder = copied(tmp_path, name)
+    tensors = {rename(key): x for key, x in load_file(folder / 'model.safetensors').items() if key not in drop}
+    save_file(tensors | more, folder / 'model.safetensors')
+    return folder
+
+
+def version_4(key):
+    return key.replace('vision_tower.', 'vision_tower.vision_model.')
+
+
+def version_5_in_memory(key):
+    key = key.replace('language_model.model.', 'language_model.')
+    return f'model.{key}'
+
+
+@pytest.mark.parametrize('rename', [version_4, version_5_in_memory])
+def test_names_of_both_versions(tmp_path, rename):
+    folder = rewritten(tmp_path, 'paligemma', rename)
+    got, expected = interop.read(folder).weights, interop.read(GOLDENS / 'paligemma').weights
+    assert got.shapes == expected.shapes
+    for name in got.shapes:
+        np.testing.assert_array_equal(got.read(name), expected.read(name))
+
+
+def test_a_tied_unembedding_may_be_repeated(tmp_path):
+    table = load_file(GOLDENS / 'gemma' / 'model.safetensors')['model.embed_tokens.weight']
+    folder = rewritten(tmp_path, 'gemma', **{'lm_head.weight': table})
+    assert interop.read(folder).weights.shapes == interop.read(GOLDENS / 'gemma').weights.shapes
+    with pytest.raises(UserError, match='lm_head.weight differs from model.embed_tokens.weight'):
+        interop.read(rewritten(tmp_path / 'other', 'gemma', **{'lm_head.weight': table + 1}))
+
+
+def test_bfloat16_stays_bfloat16(tmp_path):
+    folder = copied(tmp_path, 'gemma')
+    tensors = load_file(folder / 'model.safetensors')
+    save_file({key: x.astype(ml_dtypes.bfloat16) for key, x in tensors.items()}, folder / 'model.safetensors')
+    model = interop.read(folder)
+    assert {leaf.dtype for leaf in model.weights.shapes.values()} == {np.dtype(ml_dtypes.bfloat16)}
+    hugging_face.write(tmp_path / 'out', model)
+    again = load_file(tmp_path / 'out' / 'model.safetensors')
+    for key, x in tensors.items():
+        np.testing.assert_array_equal(again[key], x.astype(ml_dtypes.bfloat16))
+    assert json.loads((tmp_path / 'out' / 'config.json').read_text())['dtype'] == 'bfloat16'
+
+
+def test_shards_and_their_index(tmp_path, monkeypatch):
+    monkeypatch.setattr(safetensors_files, 'SHARD_BYTES', 20_000)
+    model = interop.read(GOLDENS / 'paligemma')
+    hugging_face.write(tmp_path / 'folder', model)
+    shards = sorted(file.name for file in (tmp_path / 'folder').glob('*.safetensors'))
+    assert len(shards) > 2 and shards[0] == f'model-00001-of-{len(shards):05d}.safetensors'
+    again = interop.read(tmp_path / 'folder').weights
+    for name in model.weights.shapes:
+        np.testing.assert_array_equal(again.read(name), model.weights.read(name))
+
+
+def change_config(folder, **changes):
+    file = folder / 'config.json'
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def change_section(folder, section, **changes):
+    content = json.loads((folder / 'config.json').read_text())
+    change_config(folder, **{section: content[section] | changes})
+
+
+def cut_short(folder):
+    file = folder / 'model.safetensors'
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def shard_gone(folder):
+    next(folder.glob('*-00003-*')).unlink()
+
+
+def index_leads_away(folder):
+    file = folder / 'model.safetensors.index.json'
+    file.write_text(file.read_text().replace('model-00003-of-00005', '../gemma/model'))
+
+
+def tensors(change):
+    def make(folder):
+        loaded = load_file(folder / 'model.safetensors')
+        change(loaded)
+        save_file(loaded, folder / 'model.safetensors')
+
+    return make
+
+
+BIAS = 'vision_model.post_layernorm.bias'
+
+
+@pytest.mark.parametrize(
+    ('name', 'change', 'message'),
+    [
+        (
+            'gemma',
+            lambda f: change_config(f, model_type='llama'),
+            "unknown model_type 'llama'.*valid: gemma, paligemma",
+        ),
+        ('gemma', lambda f: change_config(f, model_type='siglip'), 'not the siglip that its config.json describes'),
+        ('gemma', lambda f: change_config(f, num_hidden_layers='two'), 'damaged'),
+        ('gemma', lambda f: change_config(f, rms_norm_eps=1e-5), 'rms_norm_eps is 1e-05'),
+        ('gemma', lambda f: change_config(f, rope_parameters={'rope_theta': 5e5}), 'rope_theta is 500000.0'),
+        ('gemma', lambda f: change_config(f, vocab_size=299), r'of another shape .*\[300, 16\] instead of \[299, 16\]'),
+        ('siglip', lambda f: change_section(f, 'vision_config', hidden_act='gelu'), "hidden_act is 'gelu'"),
+        ('siglip', lambda f: (f / 'config.json').unlink(), 'config.json: cannot be read'),
+        ('siglip', lambda f: (f / 'config.json').write_text('{'), 'config.json: damaged'),
+        ('siglip', lambda f: (f / 'model.safetensors').unlink(), 'neither model.safetensors nor'),
+        ('siglip', cut_short, 'damaged or cut short'),
+        ('siglip', tensors(lambda t: t.pop(BIAS)), f'1 missing .{BIAS}'),
+        ('siglip', tensors(lambda t: t.update(extra=np.zeros(1))), '1 not expected .extra'),
+        ('siglip', tensors(lambda t: t.update({BIAS: np.zeros(15, np.float32)})), r'\[15\] instead of \[16\]'),
+        ('siglip', tensors(lambda t: t.update({BIAS: np.zeros(16, np.int32)})), 'is I32'),
+        ('siglip2', shard_gone, 'model-00003-of-00005.safetensors'),
+        ('siglip2', index_leads_away, 'is no safetensors file of this folder'),
+    ],
+)
+def test_refused_in_one_line(tmp_path, name, change, message):
+    folder = copied(tmp_path, name)
+    change(folder)
+    with pytest.raises(UserError, match=message) as error:
+        interop.read(folder)
+    assert '\n' not in str(error.value) and str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        ({'resample': 1}, 'resample 1'),
+        ({'size': {'height': 28, 'width': 28}}, "not the model's image_size, 14"),
+        ({'image_mean': [0.4, 0.5, 0.6]}, 'colours must share one range'),
+        ({'size': 14}, 'damaged'),
+    ],
+)
+def test_pixels_that_the_contract_cannot_say_are_refused(tmp_path, content, message):
+    folder = copied(tmp_path, 'siglip')
+    (folder / 'preprocessor_config.json').write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        interop.read(folder)
+
+
+def test_neither_file_nor_folder(tmp_path):
+    with pytest.raises(UserError, match='no such file or folder'):
+        interop.read(tmp_path / 'nowhere')
+    with pytest.raises(UserError, match='neither an .npz file nor a folder'):
+        interop.read(tmp_path)

@@ -1,0 +1,188 @@
+"""Writes the goldens: tiny random checkpoints as transformers saves them, with what transformers computes from them.
+
+    pip install -e '.[parity]'
+    python -m tools.make_goldens tests/goldens
+
+Each folder is a Hugging Face checkpoint (weights, config, SentencePiece model) with an `outputs.npz` of inputs and
+outputs. They let the tests compare with transformers where neither it nor torch is installed.
+"""
+
+import argparse
+import pathlib
+import sys
+from typing import Any
+
+ENCODER = dict(intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
+# 14 pixels hold three patches of 4; two pixels go unseen.
+VISION = ENCODER | dict(hidden_size=16, image_size=14, patch_size=4)
+DECODER = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
+PIXELS, TEXT = 14, 7
+WORDS = ('a red three in the top left', 'two blue circles', 'what is green ?', 'how many digits are there ?')
+
+
+def make(folder: pathlib.Path) -> None:
+    """Makes every golden below `folder`; what is there is overwritten."""
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    for name, golden in (('siglip', _siglip), ('siglip2', _siglip2), ('paligemma', _paligemma), ('gemma', _gemma)):
+        path = folder / name
+        path.mkdir(parents=True, exist_ok=True)
+        golden(path)
+
+
+def randomize(model: Any) -> Any:
+    """Every weight and bias, norms included; embeddings small, so that a wrong epsilon shows."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    norms = ('layer_norm', 'post_layernorm.', 'head.layernorm')
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            one = name.endswith('.weight') and any(norm in name for norm in norms)
+            spread = 1e-2 if 'embed' in name else 0.3
+            p.copy_(spread * torch.randn(p.shape, generator=generator) + (1.0 if one else 0.0))
+    return model.eval()
+
+
+def _siglip(folder):
+    """SigLIP 1: pieces without a start token, padding with the end token."""
+    pieces = _unigram(folder / 'spiece.model')
+    text = ENCODER | dict(hidden_size=16, vocab_size=pieces, max_position_embeddings=TEXT)
+    _two_towers(folder, text | dict(pad_token_id=1, eos_token_id=1, bos_token_id=None))
+
+
+def _siglip2(folder):
+    """SigLIP 2 of fixed resolution: Gemma's kind of pieces, a text tower of another width, weights in shards."""
+    pieces = _bytes_and_pieces(folder / 'tokenizer.model')
+    text = ENCODER | dict(hidden_size=24, projection_size=16, vocab_size=pieces, max_position_embeddings=TEXT)
+    _two_towers(folder, text | dict(pad_token_id=0, eos_token_id=1, bos_token_id=2), max_shard_size='20KB')
+
+
+def _two_towers(folder, text_config, **saving):
+    import numpy as np
+    import torch
+    import transformers
+
+    model = transformers.SiglipModel(transformers.SiglipConfig(text_config=text_config, vision_config=VISION))
+    randomize(model).save_pretrained(folder, **saving)
+    rng = np.random.default_rng(1)
+    image = _image(rng)
+    text = rng.integers(3, text_config['vocab_size'], (2, TEXT)).astype(np.int32)
+    text[1, 4:] = text_config['pad_token_id']  # attended to, as SigLIP does
+    with torch.no_grad():
+        pixels, ids = torch.tensor(image.transpose(0, 3, 1, 2)), torch.tensor(text).long()
+        out = model(input_ids=ids, pixel_values=pixels)
+        image_out = model.vision_model(pixels, output_hidden_states=True)
+        text_out = model.text_model(ids, output_hidden_states=True)
+    _save(
+        folder,
+        image=image,
+        text=text,
+        image_blocks=torch.stack(image_out.hidden_states[1:]),
+        text_blocks=torch.stack(text_out.hidden_states[1:]),
+        image_embeds=out.image_embeds,
+        text_embeds=out.text_embeds,
+        logits=out.logits_per_image,
+    )
+
+
+def _paligemma(folder):
+    """Rows beyond the tokens: `<image>` and padding up to a multiple of 64."""
+    import numpy as np
+    import torch
+    import transformers
+
+    tokens = _bytes_and_pieces(folder / 'tokenizer.model') + 1024 + 128
+    config = transformers.PaliGemmaConfig(
+        vision_config=VISION | dict(model_type='siglip_vision_model', vision_use_head=False, projection_dim=16),
+        text_config=DECODER | dict(model_type='gemma', num_key_value_heads=1, vocab_size=-(-(tokens + 1) // 64) * 64),
+        projection_dim=16,
+        image_token_index=tokens,
+    )
+    model = randomize(transformers.PaliGemmaForConditionalGeneration(config))
+    model.save_pretrained(folder)
+    rng = np.random.default_rng(1)
+    image = _image(rng)
+    # Nine image slots, a prompt of five tokens, a suffix of four.
+    text = rng.integers(3, tokens, (2, 18)).astype(np.int32)
+    text[:, :9] = -1
+    suffix = np.broadcast_to(np.arange(18) >= 14, text.shape).astype(np.int32)
+    with torch.no_grad():
+        out = model(
+            input_ids=torch.tensor(np.where(text < 0, tokens, text)).long(),
+            pixel_values=torch.tensor(image.transpose(0, 3, 1, 2)),
+            attention_mask=torch.ones(text.shape, dtype=torch.long),
+            token_type_ids=torch.tensor(suffix).long(),
+            output_hidden_states=True,
+        )
+    logits = out.logits[:, 8:, :tokens]
+    _save(folder, image=image, text=text, suffix=suffix, blocks=torch.stack(out.hidden_states[1:-1]), logits=logits)
+
+
+def _gemma(folder):
+    """A decoder alone, every head with its own keys."""
+    import numpy as np
+    import torch
+    import transformers
+
+    tokens = _bytes_and_pieces(folder / 'tokenizer.model')
+    config = transformers.GemmaConfig(**DECODER, num_key_value_heads=4, vocab_size=tokens)
+    model = randomize(transformers.GemmaForCausalLM(config))
+    model.save_pretrained(folder)
+    text = np.random.default_rng(1).integers(3, tokens, (2, 9)).astype(np.int32)
+    with torch.no_grad():
+        out = model(torch.tensor(text).long(), output_hidden_states=True)
+    _save(folder, text=text, blocks=torch.stack(out.hidden_states[1:-1]), logits=out.logits)
+
+
+def _image(rng):
+    return (0.1 * rng.normal(size=(2, PIXELS, PIXELS, 3))).astype('float32')
+
+
+def _save(folder, **arrays):
+    import numpy as np
+
+    np.savez(folder / 'outputs.npz', **{name: np.asarray(array) for name, array in arrays.items()})
+
+
+def _unigram(path) -> int:
+    """Trains SigLIP 1's kind of SentencePiece model; returns its number of pieces."""
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(WORDS),
+        model_prefix=str(path.with_suffix('')),
+        vocab_size=40,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        normalization_rule_name='identity',  # else 230 kB of rules
+        num_threads=1,
+        minloglevel=2,
+    )
+    path.with_suffix('.vocab').unlink()
+    return sentencepiece.SentencePieceProcessor(model_file=str(path)).vocab_size()
+
+
+def _bytes_and_pieces(path) -> int:
+    """Trains Gemma's kind of SentencePiece model; returns its number of pieces."""
+    from big_vlm.data.tokenizer import Tokenizer
+
+    return Tokenizer.train(WORDS, 300, path).base
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0."""
+    parser = argparse.ArgumentParser(
+        prog='python -m tools.make_goldens', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('folder', type=pathlib.Path, metavar='FOLDER', help='where to write, such as tests/goldens')
+    make(parser.parse_args(argv).folder)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

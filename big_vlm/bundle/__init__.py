@@ -8,8 +8,9 @@
 Everything that a number depends on is in the folder, so whoever loads it configures nothing.
 """
 
-from big_vlm.bundle.folder import describe as describe
+from big_vlm.bundle.conversion import convert as convert
 from big_vlm.bundle.folder import load as load
+from big_vlm.bundle.folder import read as read
 from big_vlm.bundle.folder import save as save
 from big_vlm.bundle.model import Answer as Answer
 from big_vlm.bundle.model import Bundle as Bundle

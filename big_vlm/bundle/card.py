@@ -28,6 +28,7 @@ def model_card(name: str, description: Mapping[str, Any]) -> str:
     task, contract, stage = description['task'], description['contract'], description['config']
     sources = stage['data']['sources'].values()
     data = ', '.join(dict.fromkeys(f'{source["dataset"]} ({source["split"]})' for source in sources))
+    data = data or f'none here: converted from {stage["init_from"]["path"]}'
     towers = [
         stage['model']['image']['variant'],
         stage['model']['text' if task == 'contrastive' else 'decoder']['variant'],

@@ -16,7 +16,7 @@ import big_vlm
 from big_vlm import config, tasks
 from big_vlm.bundle.card import model_card
 from big_vlm.bundle.model import Bundle
-from big_vlm.checkpoints import weights
+from big_vlm.checkpoints import trees, weights
 from big_vlm.config import UserError
 from big_vlm.data.contract import Contract
 from big_vlm.data.tokenizer import Tokenizer
@@ -34,13 +34,7 @@ def load(path: str | os.PathLike, *, mesh: Mesh | None = None) -> Bundle:
         other than the one it was trained with.
     """
     path = pathlib.Path(path).expanduser()
-    stage, contract, scores = describe(path)
-    tokenizer = Tokenizer.load(str(path / 'tokenizer.model'))
-    if tokenizer.sha256 != contract.tokenizer_sha256:
-        raise UserError(
-            f'{path / "tokenizer.model"} is not the tokenizer that the weights were trained with (sha256 '
-            f'{tokenizer.sha256[:12]}…, expected {contract.tokenizer_sha256[:12]}…): copy the whole folder again'
-        )
+    stage, contract, tokenizer, scores = read(path)
     if mesh is None:
         mesh = meshes.make_mesh(data=1, devices=jax.local_devices()[:1])
     task = tasks.make(stage, contract, mesh)
@@ -52,6 +46,28 @@ def load(path: str | os.PathLike, *, mesh: Mesh | None = None) -> Bundle:
     )
     params = weights.load_weights(path / 'weights', placed)
     return Bundle(stage, contract, tokenizer, params, mesh, scores)
+
+
+def read(path: pathlib.Path) -> tuple[config.Stage, Contract, Tokenizer, dict[str, Any]]:
+    """(stage, contract, tokenizer, scores) of a bundle: all but its weights. Raises UserError as `load` does."""
+    description = _describe(path)
+    where = path / 'bundle.json'
+    try:
+        contract = Contract.from_dict(description['contract'])
+        stage = config.parse_stage(description['config'], 'config', trained=False)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f'{where}: damaged or not a bundle ({type(error).__name__}: {error})') from None
+    except UserError as error:
+        raise UserError(f'{where}: {error}') from None
+    tokenizer = Tokenizer.load(str(path / 'tokenizer.model'))
+    if contract.vocab_size == tokenizer.base:  # a converted model without location tokens
+        tokenizer = tokenizer.without_locations()
+    if tokenizer.sha256 != contract.tokenizer_sha256:
+        raise UserError(
+            f'{path / "tokenizer.model"} is not the tokenizer that the weights were trained with (sha256 '
+            f'{tokenizer.sha256[:12]}…, expected {contract.tokenizer_sha256[:12]}…): copy the whole folder again'
+        )
+    return stage, contract, tokenizer, description.get('scores', {})
 
 
 def save(
@@ -73,7 +89,7 @@ def save(
       scores: evaluation results for the model card, {name: {'score': …, 'chance': …, 'n': …}}, nested as you like.
 
     Raises:
-      UserError: the folder exists and is not a bundle, or the tokenizer is not the contract's.
+      UserError: the folder exists and is not a bundle, the tokenizer is not the contract's, or it cannot be written.
     """
     path = pathlib.Path(path).expanduser()
     if path.exists() and not (path / 'bundle.json').is_file():
@@ -84,43 +100,40 @@ def save(
         stage = config.parse_stage(stage)
     temporary = path.with_name(f'.{path.name}.saving')
     first = jax.process_index() == 0
-    if first:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    _wait('bundle: folder')
-    weights.save_weights(temporary / 'weights', params)
-    _wait('bundle: weights')
-    if first:
-        tokenizer.save(temporary / 'tokenizer.model')
-        files = sorted(file for file in temporary.rglob('*') if file.is_file())
-        description = {
-            'format': FORMAT,
-            'task': stage.task,
-            'parameters': sum(leaf.size for leaf in jax.tree.leaves(params)),
-            'versions': {'big_vlm': big_vlm.__version__, 'jax': jax.__version__, 'python': platform.python_version()},
-            'contract': contract.to_dict(),
-            'config': config.to_dict(stage),
-            'scores': scores or {},
-            'files': {file.relative_to(temporary).as_posix(): file.stat().st_size for file in files},
-        }
-        (temporary / 'README.md').write_text(model_card(path.name, description), encoding='utf-8')
-        text = json.dumps(description, indent=2, ensure_ascii=False) + '\n'
-        (temporary / 'bundle.json').write_text(text, encoding='utf-8')
-        _replace(temporary, path)
-    _wait('bundle: done')
-
-
-def describe(path: pathlib.Path) -> tuple[config.Stage, Contract, dict[str, Any]]:
-    """(config, contract, scores) of a bundle, its weights unread. Raises UserError as `load` does."""
-    description = _describe(path)
     try:
-        stage = config.parse_stage(description['config'], 'config')
-        return stage, Contract.from_dict(description['contract']), description.get('scores', {})
-    except (KeyError, TypeError, ValueError) as error:
-        why = f'damaged or not a bundle ({type(error).__name__}: {error})'
-    except UserError as error:
-        why = str(error)
-    raise UserError(f'{path / "bundle.json"}: {why}')
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        _wait('bundle: folder')
+        weights.save_weights(temporary / 'weights', params)
+        _wait('bundle: weights')
+        if first:
+            tokenizer.save(temporary / 'tokenizer.model')
+            files = sorted(file for file in temporary.rglob('*') if file.is_file())
+            description = {
+                'format': FORMAT,
+                'task': stage.task,
+                'parameters': sum(leaf.size for leaf in jax.tree.leaves(params)),
+                'versions': {
+                    'big_vlm': big_vlm.__version__,
+                    'jax': jax.__version__,
+                    'python': platform.python_version(),
+                },
+                'contract': contract.to_dict(),
+                'config': config.to_dict(stage),
+                'scores': scores or {},
+                'files': {file.relative_to(temporary).as_posix(): file.stat().st_size for file in files},
+            }
+            (temporary / 'README.md').write_text(model_card(path.name, description), encoding='utf-8')
+            text = json.dumps(description, indent=2, ensure_ascii=False) + '\n'
+            (temporary / 'bundle.json').write_text(text, encoding='utf-8')
+            _replace(temporary, path)
+        _wait('bundle: done')
+    except (OSError, ValueError) as error:  # Orbax says with either that the disk is full
+        raise UserError(f'{path}: bundle not written: {trees.one_line(error)}') from error
+    finally:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _describe(path: pathlib.Path) -> dict[str, Any]:
@@ -152,6 +165,10 @@ def _describe(path: pathlib.Path) -> dict[str, Any]:
                 f'{path}: {name} has {here.stat().st_size} bytes, {size} were written: copy the whole folder again'
             )
     return description
+
+
+def _versions() -> dict[str, str]:
+    return {'big_vlm': big_vlm.__version__, 'jax': jax.__version__, 'python': platform.python_version()}
 
 
 def _replace(temporary: pathlib.Path, path: pathlib.Path) -> None:

@@ -209,10 +209,11 @@ class InitFrom:
     """Where the first weights come from. Both empty: random."""
 
     stage: str = ''  # an earlier stage of this run
-    path: str = ''  # a bundle or a checkpoint
+    path: str = ''  # a bundle, a checkpoint, big_vision's FILE.npz[:SUBTREE] or a Hugging Face folder
     parts: dict[str, str] = field(default_factory=dict)  # our subtree: theirs; '' is the whole tree; {}: everything
     fresh: tuple[str, ...] = ()  # regexes of parameters that stay as initialised, such as a new head
     resize_position: bool = True  # resize learned position embeddings to our resolution
+    resize_method: Literal['bilinear', 'bicubic', 'antialiased'] = 'bilinear'  # big_vision's, Hugging Face's, NaFlex's
 
 
 @dataclass(frozen=True)

@@ -52,17 +52,14 @@ def validate(config: Any) -> dict[str, Stage]:
     return {name: stages[name] for name in names}
 
 
-def parse_stage(config: Any, where: str = 'config') -> Stage:
-    """One checked stage from a dict, as `to_dict` wrote it. Raises UserError with keys that begin with `where`."""
+def parse_stage(config: Any, where: str = 'config', *, trained: bool = True) -> Stage:
+    """One checked stage from a dict, as `to_dict` wrote it. Raises UserError with keys that begin with `where`.
+
+    `trained`: False accepts the stage of a converted model, which has neither a duration nor data.
+    """
     stage = _coerce(Stage, plain(config), where)
-    if not stage.total.given():
-        raise UserError(f'{where}.total: say how long to train: one of steps, examples, epochs')
-    if stage.total.percent:
-        raise UserError(f'{where}.total.percent: a percentage of what? Give steps, examples or epochs')
-    if not stage.data.sources:
-        raise UserError(f'{where}.data.sources is empty: name at least one source')
-    if not any(source.weight for source in stage.data.sources.values()):
-        raise UserError(f'{where}.data.sources: every weight is 0')
+    if trained:
+        _trainable(stage, where)
     if stage.contract.value_range[0] >= stage.contract.value_range[1]:
         raise UserError(f'{where}.contract.value_range: must rise, got {stage.contract.value_range}')
     if stage.init_from.stage and stage.init_from.path:
@@ -81,6 +78,17 @@ def parse_stage(config: Any, where: str = 'config') -> Stage:
         except re.error as error:
             raise UserError(f'{where}.optimizer.rules: {pattern!r} is no regular expression: {error}') from None
     return stage
+
+
+def _trainable(stage: Stage, where: str) -> None:
+    if not stage.total.given():
+        raise UserError(f'{where}.total: say how long to train: one of steps, examples, epochs')
+    if stage.total.percent:
+        raise UserError(f'{where}.total.percent: a percentage of what? Give steps, examples or epochs')
+    if not stage.data.sources:
+        raise UserError(f'{where}.data.sources is empty: name at least one source')
+    if not any(source.weight for source in stage.data.sources.values()):
+        raise UserError(f'{where}.data.sources: every weight is 0')
 
 
 def to_dict(section: Any) -> dict[str, Any]:

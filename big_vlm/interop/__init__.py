@@ -8,5 +8,6 @@ refused, all of it in one error.
 from big_vlm.interop.formats import format_of as format_of
 from big_vlm.interop.formats import open_weights as open_weights
 from big_vlm.interop.formats import read as read
+from big_vlm.interop.hugging_face_tokenizer import find_tokenizer as find_tokenizer
 from big_vlm.interop.lazy import LazyWeights as LazyWeights
 from big_vlm.interop.pretrained import Pretrained as Pretrained

@@ -66,7 +66,7 @@ def read(folder: pathlib.Path) -> Pretrained:
         settings.contract,
         settings.vocab_size,
         rows.to_ours(table, ours, theirs),
-        hugging_face_tokenizer.find(folder),
+        hugging_face_tokenizer.find_tokenizer(folder),
     )
 
 

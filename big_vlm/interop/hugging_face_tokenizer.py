@@ -13,7 +13,7 @@ from big_vlm.data.tokenizer import Tokenizer
 _FILES = ('tokenizer.model', 'spiece.model')  # Gemma's name, SigLIP 1's
 
 
-def find(folder: pathlib.Path) -> pathlib.Path | None:
+def find_tokenizer(folder: pathlib.Path) -> pathlib.Path | None:
     """The SentencePiece model of a folder, if it has one."""
     return next((folder / name for name in _FILES if (folder / name).is_file()), None)
 

@@ -62,9 +62,8 @@ class Pretrained:
 
     def contract(self, tokenizer: Tokenizer) -> Contract:
         """The preprocessing contract. Raises UserError if the tokenizer's vocabulary is not the token table's."""
-        image_tokens = 0
-        if self.task == 'generative':
-            image_tokens = self.build().image_tokens
+        built = self.build()
+        image_tokens = built.image_tokens if isinstance(built, paligemma.PaliGemma) else 0
         contract = Contract.make(self.settings, self.fitted(tokenizer), image_tokens, self.model.decoder.final_softcap)
         return dataclasses.replace(contract, vocab_size=self.vocab_size)
 

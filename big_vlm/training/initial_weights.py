@@ -1,4 +1,7 @@
-"""The first weights of a stage that starts from another model's: all or parts of them, the positions resized."""
+"""The first weights of a stage that starts from another model's: all or parts of them, the positions resized.
+
+The other model is an earlier stage, a bundle, a checkpoint, or a public checkpoint in a format that `interop` reads.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from big_vlm import bundle, checkpoints, config
+from big_vlm import bundle, checkpoints, config, interop
 from big_vlm.checkpoints import trees
 from big_vlm.config import InitFrom, Stage, UserError
 from big_vlm.data.contract import Contract
+from big_vlm.data.coordinates import NUM_LOCATIONS, NUM_SEGMENTS
 from big_vlm.data.tokenizer import Tokenizer
 from big_vlm.ops import position_resize
 
 POSITION = 'img/pos_embedding'
+TOKENS = ('txt/Embed_0/embedding', 'llm/embedder/input_embedding')
 # What weights expect of their inputs at any resolution and length: those of the image tower, and all others.
 OF_PIXELS, OF_TEXT = ('value_range',), ('lower', 'separator')
 
@@ -53,7 +58,7 @@ def check(stages: Mapping[str, Stage], shapes: Mapping[str, Any], name: str, whe
             )
     folder = _folder(init, {})
     try:
-        stored = trees.flat(shapes[init.stage] if init.stage else checkpoints.weight_shapes(folder))
+        stored = trees.flat(shapes[init.stage]) if init.stage else _shapes(init, folder)
     except UserError as error:
         raise UserError(f'{where}.path: {error}') from None
     trained_with = stages[init.stage].contract if init.stage else _contract(folder)
@@ -66,17 +71,22 @@ def check(stages: Mapping[str, Stage], shapes: Mapping[str, Any], name: str, whe
         if ours.split('/')[0] != 'img':
             given = stage.tokenizer.path
             if init.path:
-                _check_tokenizer(given, folder / 'tokenizer.model', where)
+                _check_tokenizer(given, _own_tokenizer(folder), where)
             else:
                 _check_stage_tokenizer(given, stages[init.stage].tokenizer.path, where)
         if _resized(init, ours, wanted, found):
             wanted = {path: leaf for path, leaf in wanted.items() if path != _position(ours)}
+        wanted = {
+            path: leaf
+            for path, leaf in wanted.items()
+            if not (path in found and _without_locations(_join(ours, path), leaf, found[path]))
+        }
         trees.check_same(wanted, found, f'{where}: {init.stage or init.path}', partial=True)
 
 
 def _contract(folder: pathlib.Path) -> Contract | None:
     """What the weights of a bundle were trained with; other folders of weights don't tell."""
-    return bundle.describe(folder)[1] if (folder / 'bundle.json').is_file() else None
+    return bundle.read(folder)[1] if (folder / 'bundle.json').is_file() else None
 
 
 def _check_contract(part: str, ours: config.Contract, theirs: config.Contract | Contract, where: str) -> None:
@@ -89,6 +99,11 @@ def _check_contract(part: str, ours: config.Contract, theirs: config.Contract | 
                 f'{where}: its weights were trained with contract.{key} {there!r}, this stage has {here!r}: '
                 'set it to theirs'
             )
+
+
+def _own_tokenizer(folder: pathlib.Path) -> pathlib.Path:
+    """Where a bundle or a Hugging Face folder keeps it; an .npz has none."""
+    return interop.find_tokenizer(folder) or folder / 'tokenizer.model'
 
 
 def _check_tokenizer(given: str, own: pathlib.Path, where: str) -> None:
@@ -136,17 +151,55 @@ def _load(
     init: InitFrom, folder: pathlib.Path, ours: str, theirs: str, wanted: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
     """The stored weights of the wanted paths, placed like them."""
-    like = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for path, x in wanted.items()}
-    stored = trees.flat(checkpoints.weight_shapes(folder, theirs))
+    stored = _below(theirs, _shapes(init, folder))
     resized, position = _resized(init, ours, wanted, stored), _position(ours)
-    if resized:
-        like[position] = jax.ShapeDtypeStruct(stored[position].shape, wanted[position].dtype)
-    loaded = trees.flat(checkpoints.load_weights(folder, trees.nested(like), theirs))
+    like = {}
+    for path, x in wanted.items():
+        shape = stored[path].shape if path in stored else x.shape
+        # What is still to change its shape comes to the host.
+        like[path] = jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding if shape == x.shape else None)
+    if _public(init):
+        source = interop.open_weights(init.path)
+        loaded = {path: _placed(source.read(_join(theirs, path)), leaf) for path, leaf in like.items()}
+    else:
+        loaded = trees.flat(checkpoints.load_weights(folder, trees.nested(like), theirs))
     if resized:
         side = math.isqrt(wanted[position].shape[1])
-        new = np.asarray(position_resize.bilinear(loaded[position], (side, side)))
+        new = np.asarray(position_resize.RESIZES[init.resize_method](loaded[position], (side, side)))
         loaded[position] = jax.device_put(new, wanted[position].sharding)
+    for path, fresh in wanted.items():
+        if _without_locations(_join(ours, path), fresh, stored[path]):
+            loaded[path] = _first_rows(fresh, loaded[path])
     return loaded
+
+
+def _shapes(init: InitFrom, folder: pathlib.Path) -> dict[str, Any]:
+    """Path → shape and dtype of all that is stored."""
+    if _public(init):
+        return dict(interop.open_weights(init.path).shapes)
+    return trees.flat(checkpoints.weight_shapes(folder))
+
+
+def _public(init: InitFrom) -> bool:
+    """Whether the weights are in another project's format."""
+    return bool(init.path and interop.format_of(init.path))
+
+
+def _placed(array: np.ndarray, leaf: jax.ShapeDtypeStruct) -> Any:
+    array = array.astype(leaf.dtype)
+    if leaf.sharding is None:
+        return array
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: array[index])
+
+
+def _without_locations(path: str, wanted: Any, stored: Any) -> bool:
+    """A token table that ends before the location and segmentation tokens: ours for them stay as initialised."""
+    return path in TOKENS and wanted.shape[0] - stored.shape[0] == NUM_LOCATIONS + NUM_SEGMENTS
+
+
+def _first_rows(fresh: jax.Array, rows: np.ndarray) -> jax.Array:
+    """`fresh` with its first rows replaced, placed as it was."""
+    return jax.jit(lambda table, rows: table.at[: len(rows)].set(rows), out_shardings=fresh.sharding)(fresh, rows)
 
 
 def _parts(init: InitFrom, params: Mapping[str, Any], where: str) -> Iterator[tuple[str, str, dict[str, Any]]]:

@@ -1,0 +1,167 @@
+"""From any format of a model to any other: a bundle, big_vision's `.npz`, a Hugging Face folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import shutil
+from collections.abc import Callable
+
+import numpy as np
+
+from big_vlm import interop
+from big_vlm.bundle import folder
+from big_vlm.checkpoints import trees, weights
+from big_vlm.config import UserError, unknown
+from big_vlm.data.contract import Contract
+from big_vlm.data.tokenizer import Tokenizer
+from big_vlm.interop import big_vision, hugging_face
+from big_vlm.interop.lazy import LazyWeights
+from big_vlm.interop.pretrained import POSITION, Pretrained
+from big_vlm.models import vit
+from big_vlm.ops import position_resize
+
+_SMALL = 1 << 20  # elements
+FORMATS = ('bundle', 'npz', 'hugging_face')
+
+
+def convert(
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    *,
+    to: str = '',
+    tokenizer: str | os.PathLike = '',
+    image_size: int = 0,
+    resize: str = '',
+    per_layer: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> str:
+    """Writes the model at `source` in another format. Formats other than a bundle are streamed, array by array.
+
+    Args:
+      source: a bundle, FILE.npz, FILE.npz:SUBTREE or a folder with config.json and safetensors files.
+      destination: a name that is free; it appears when it is whole.
+      to: one of FORMATS; '': 'npz' for a name that ends so, else 'hugging_face' for a bundle, else 'bundle'.
+      tokenizer: a SentencePiece file; '': the one that came with the model.
+      image_size: pixels per side of the converted model; 0: the same. Learned positions are resized.
+      resize: one of `position_resize.RESIZES`; '': what the source's own code does.
+      per_layer: write an `.npz` layer by layer, as SigLIP 1 was published.
+      progress: called with (bytes done, bytes in all).
+
+    Returns:
+      The format written.
+
+    Raises:
+      UserError: a source that is damaged, incomplete or of no family known here; a vocabulary that is not the
+        tokenizer's; a destination that exists or cannot be written; what the other format cannot say.
+    """
+    destination = pathlib.Path(destination).expanduser()
+    if destination.exists():
+        raise UserError(f'{destination} exists: choose another name, or remove it')
+    model, kind = _open(source)
+    to = to or ('npz' if destination.suffix == '.npz' else 'hugging_face' if kind == 'bundle' else 'bundle')
+    if to not in FORMATS:
+        raise unknown('format', to, FORMATS)
+    if image_size:
+        model = _at(model, image_size, resize or ('bicubic' if kind == 'hugging_face' else 'bilinear'))
+    pieces, contract = None, None
+    if tokenizer or model.tokenizer:
+        pieces = model.fitted(Tokenizer.load(tokenizer or model.tokenizer))
+        contract = model.contract(pieces)
+    total, so_far = model.weights.nbytes, 0
+
+    def done(nbytes: int) -> None:
+        nonlocal so_far
+        so_far += nbytes
+        if progress:
+            progress(min(so_far, total), total)
+
+    if to == 'npz':
+        big_vision.write(destination, model.weights, per_layer=per_layer, done=done)
+    elif to == 'hugging_face':
+        hugging_face.write(destination, model, contract, pieces, done)
+    else:
+        _write_bundle(destination, model, contract, pieces, os.fspath(source), done)
+    return to
+
+
+def _open(source: str | os.PathLike) -> tuple[Pretrained, str]:
+    """(the model, its format)."""
+    path = pathlib.Path(source).expanduser()
+    if not (path / 'bundle.json').is_file():
+        return interop.read(source), interop.format_of(source)
+    stage, contract, tokenizer, _ = folder.read(path)
+    shapes = trees.flat(weights.weight_shapes(path / 'weights'))
+
+    def load(names: list[str]) -> dict[str, np.ndarray]:
+        like = trees.nested({name: shapes[name] for name in names})
+        return trees.flat(weights.load_weights(path / 'weights', like))
+
+    few: dict[str, np.ndarray] = {}  # the small arrays, read together: opening Orbax's folder costs the most
+
+    def read(name: str) -> np.ndarray:
+        if shapes[name].size >= _SMALL:
+            return load([name])[name]
+        if not few:
+            few.update(load([small for small in shapes if shapes[small].size < _SMALL]))
+        return few[name]
+
+    family = {'contrastive': 'siglip', 'generative': 'paligemma'}[stage.task]
+    lazy = LazyWeights(shapes, read, str(path))
+    model = Pretrained(family, stage.model, stage.contract, contract.vocab_size, lazy, path / 'tokenizer.model')
+    return model.check(), 'bundle'
+
+
+def _at(model: Pretrained, image_size: int, resize: str) -> Pretrained:
+    """The model at another resolution."""
+    if resize not in position_resize.RESIZES:
+        raise unknown('position resize', resize, position_resize.RESIZES)
+    if POSITION not in model.weights.shapes:
+        raise UserError(f'{model.weights.where}: no learned position embedding of images: leave out --image_size')
+    side = image_size // vit.decode_variant(model.model.image.variant)['patch_size']
+    if not side:
+        raise UserError(f'--image_size={image_size} holds no patch of {model.model.image.variant}')
+    _, _, width = model.weights.shapes[POSITION].shape
+    lazy = model.weights.changed(
+        POSITION,
+        (1, side * side, width),
+        lambda x: np.asarray(position_resize.RESIZES[resize](x, (side, side))),
+    )
+    settings = dataclasses.replace(model.settings, image_size=image_size)
+    return dataclasses.replace(model, settings=settings, weights=lazy)
+
+
+def _write_bundle(
+    destination: pathlib.Path,
+    model: Pretrained,
+    contract: Contract | None,
+    tokenizer: Tokenizer | None,
+    source: str,
+    done: Callable[[int], None],
+) -> None:
+    if model.family == 'gemma':
+        raise UserError(
+            f'{source} is a decoder alone, and a bundle is a whole model: convert it to an .npz, and start from it '
+            "with init_from.path and parts={'llm': 'llm'}"
+        )
+    if tokenizer is None or contract is None:
+        raise UserError(f'{source} comes without a SentencePiece tokenizer, and a bundle has one: --tokenizer=FILE')
+    free = shutil.disk_usage(_existing(destination)).free
+    if free < model.weights.nbytes:
+        raise UserError(
+            f'{destination}: {model.weights.nbytes / 1e9:.1f} GB to write and {free / 1e9:.1f} GB free: make room'
+        )
+    params = {}
+    for name, leaf in model.weights.shapes.items():
+        params[name] = model.weights.read(name)
+        done(leaf.size * leaf.dtype.itemsize)
+    folder.save(destination, trees.nested(params), model.stage(source), contract, tokenizer)
+
+
+def _existing(path: pathlib.Path) -> pathlib.Path:
+    """The nearest folder above that is there."""
+    path = path.absolute().parent
+    while not path.exists():
+        path = path.parent
+    return path

@@ -1,0 +1,91 @@
+"""Stages that start from public checkpoints: Hugging Face folders and big_vision's `.npz`, whole or in part."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from big_vlm import config, interop, tasks
+from big_vlm.checkpoints import trees
+from big_vlm.config import UserError
+from big_vlm.data.contract import Contract
+from big_vlm.data.tokenizer import Tokenizer
+from big_vlm.interop import big_vision
+from big_vlm.ops import position_resize
+from big_vlm.training import initial_weights
+from big_vlm.training import step as steps
+
+GOLDENS = Path(__file__).parents[1] / 'goldens'
+SIGLIP = GOLDENS / 'siglip2'
+
+
+def stage_of(model, **init):
+    """A stage whose model has the sizes of a public one."""
+    stage = config.Stage(
+        task=model.task,
+        total=config.Duration(steps=1),
+        model=model.model,
+        contract=model.settings,
+        tokenizer=config.Tokenizer(path=str(model.tokenizer)),
+        init_from=config.InitFrom(**init),
+    )
+    tokenizer = Tokenizer.load(model.tokenizer)
+    task = tasks.make(stage, Contract.make(stage.contract, tokenizer, tasks.image_slots(stage)))
+    return stage, task
+
+
+def loaded(stage, task):
+    """(fresh, first) parameters by path, after the check that comes before training."""
+    initial_weights.check({'train': stage}, {'train': steps.param_shapes(task)}, 'train', 'config')
+    fresh = jax.jit(task.init)(jax.random.key(0))[0]
+    first = initial_weights.make(stage.init_from, {}, 'config')(fresh)
+    return trees.flat(fresh), trees.flat(first)
+
+
+def test_a_dual_encoder_from_a_hugging_face_folder():
+    """Its table ends before the location tokens: their rows stay fresh."""
+    model = interop.read(SIGLIP)
+    fresh, first = loaded(*stage_of(model, path=str(SIGLIP)))
+    table = 'txt/Embed_0/embedding'
+    assert first[table].shape == (300 + 1152, 24)
+    np.testing.assert_array_equal(first[table][:300], model.weights.read(table))
+    np.testing.assert_array_equal(first[table][300:], fresh[table][300:])
+    for name in set(first) - {table}:
+        np.testing.assert_array_equal(first[name], model.weights.read(name), err_msg=name)
+
+
+def test_a_decoder_with_eyes_from_two_places_of_an_npz(tmp_path):
+    model = interop.read(GOLDENS / 'paligemma')
+    big_vision.write(tmp_path / 'x.npz', model.weights)
+    model = dataclasses.replace(model, settings=dataclasses.replace(model.settings, image_size=22))
+    stage, task = stage_of(model, path=f'{tmp_path}/x.npz', fresh=('img/head/.*',), resize_method='bicubic')
+    fresh, first = loaded(stage, task)
+    position = model.weights.read('img/pos_embedding')
+    np.testing.assert_array_equal(first['img/pos_embedding'], position_resize.bicubic(position, (5, 5)))
+    np.testing.assert_array_equal(first['img/head/kernel'], fresh['img/head/kernel'])
+    for name in set(first) - {'img/pos_embedding', 'img/head/kernel', 'img/head/bias'}:
+        np.testing.assert_array_equal(first[name], model.weights.read(name), err_msg=name)
+    # The image tower alone, named as a subtree of the file.
+    stage, task = stage_of(
+        model, path=f'{tmp_path}/x.npz:img', parts={'img/Transformer': 'Transformer'}, resize_method='bicubic'
+    )
+    fresh, first = loaded(stage, task)
+    name = 'img/Transformer/encoder_norm/scale'
+    np.testing.assert_array_equal(first[name], model.weights.read(name))
+    np.testing.assert_array_equal(first['llm/final_norm/scale'], fresh['llm/final_norm/scale'])
+
+
+def test_what_does_not_fit_is_refused_before_training(tmp_path):
+    model = interop.read(SIGLIP)
+    stage, task = stage_of(model, path=str(GOLDENS / 'siglip'))
+    with pytest.raises(UserError, match='its text weights belong to its tokenizer'):
+        loaded(stage, task)
+    stage, task = stage_of(model, path=str(GOLDENS / 'gemma'), parts={'img': 'img'})
+    with pytest.raises(UserError, match="unknown part 'img'"):
+        loaded(stage, task)
+    (tmp_path / 'x.npz').write_bytes(b'PK')
+    stage, task = stage_of(model, path=f'{tmp_path}/x.npz')
+    with pytest.raises(UserError, match=r'config.init_from.path: .*damaged or not an .npz'):
+        loaded(stage, task)

@@ -1,0 +1,87 @@
+"""A model in another format: bundle, big_vision's .npz, Hugging Face folder; any into any, weights bit for bit."""
+
+import argparse
+import logging
+import sys
+
+EXAMPLES = """examples:
+  A published checkpoint as a bundle, to load, to evaluate and to train from:
+    python -m tools.convert google/siglip-base-patch16-224 siglip_b16
+    python -m tools.convert siglip_b16_224.npz siglip_b16 --tokenizer=c4_en.model
+    python -m tools.convert paligemma-3b-pt-224.npz paligemma_224 --tokenizer=gemma_tokenizer.model
+
+  A trained bundle for transformers, and for big_vision:
+    python -m tools.convert runs/mine/pretrain/bundle my_siglip
+    python -m tools.convert runs/mine/pretrain/bundle my_siglip.npz
+
+  At another resolution, position embeddings resized:
+    python -m tools.convert siglip_b16_224.npz siglip_b16_384 --image_size=384 --tokenizer=c4_en.model
+
+The formats are recognised: SRC is a bundle, an .npz (or FILE.npz:SUBTREE) or a folder with config.json and safetensors
+files; DST is an .npz if its name ends so, a Hugging Face folder if SRC is a bundle, else a bundle.
+
+The same in Python: big_vlm.bundle.convert(SRC, DST)
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        prog='python -m tools.convert',
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument('source', metavar='SRC', help='what to convert')
+    result.add_argument('destination', metavar='DST', help='a name that is free')
+    result.add_argument('--to', default='', metavar='FORMAT', help='bundle, npz or hugging_face')
+    result.add_argument('--tokenizer', default='', metavar='FILE', help='SentencePiece model, if SRC comes without')
+    result.add_argument('--image_size', type=int, default=0, metavar='PX', help='another resolution')
+    ways = 'bilinear (as big_vision; default), bicubic (as Hugging Face; its default), antialiased (as NaFlex)'
+    result.add_argument('--resize', default='', metavar='HOW', help=f'of position embeddings: {ways}')
+    result.add_argument('--per_layer', action='store_true', help='write an .npz layer by layer, as SigLIP 1 is')
+    return result
+
+
+def run(argv: list[str]) -> None:
+    """The tool. Raises UserError."""
+    args = parser().parse_args(argv)
+    import tqdm
+
+    from big_vlm import bundle
+
+    # Orbax's threads log, traceback and all, what is raised here as well and becomes one line.
+    logging.getLogger('absl').setLevel(logging.CRITICAL)
+    with tqdm.tqdm(unit='B', unit_scale=True, desc=args.destination, disable=None, dynamic_ncols=True) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        written = bundle.convert(
+            args.source,
+            args.destination,
+            to=args.to,
+            tokenizer=args.tokenizer,
+            image_size=args.image_size,
+            resize=args.resize,
+            per_layer=args.per_layer,
+            progress=progress,
+        )
+    print(f'{args.destination}: {written}')
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0, or 2 after one line on stderr that says what to do."""
+    from big_vlm.config import UserError
+
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

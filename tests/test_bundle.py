@@ -320,7 +320,7 @@ def test_a_failed_save_leaves_the_old_bundle(broken, decoder, monkeypatch):
         raise OSError('disk full')
 
     monkeypatch.setattr(bundle.folder.weights, 'save_weights', fail)
-    with pytest.raises(OSError, match='disk full'):
+    with pytest.raises(UserError, match='disk full'):
         bundle.save(broken, decoder.params, decoder.stage, decoder.contract, decoder.tokenizer)
     assert sorted(p.name for p in broken.iterdir()) == before
     assert big_vlm.load(broken).scores

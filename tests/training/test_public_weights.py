@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from big_vlm import config, interop, tasks
+from big_vlm import bundle, config, interop, tasks
 from big_vlm.checkpoints import trees
 from big_vlm.config import UserError
 from big_vlm.data.contract import Contract
@@ -44,10 +44,14 @@ def loaded(stage, task):
     return trees.flat(fresh), trees.flat(first)
 
 
-def test_a_dual_encoder_from_a_hugging_face_folder():
+@pytest.mark.parametrize('source', ['hugging_face', 'bundle'])
+def test_a_dual_encoder_whole(tmp_path, source):
     """Its table ends before the location tokens: their rows stay fresh."""
-    model = interop.read(SIGLIP)
-    fresh, first = loaded(*stage_of(model, path=str(SIGLIP)))
+    model, path = interop.read(SIGLIP), SIGLIP
+    if source == 'bundle':
+        path = tmp_path / 'bundle'
+        bundle.convert(SIGLIP, path)
+    fresh, first = loaded(*stage_of(model, path=str(path)))
     table = 'txt/Embed_0/embedding'
     assert first[table].shape == (300 + 1152, 24)
     np.testing.assert_array_equal(first[table][:300], model.weights.read(table))

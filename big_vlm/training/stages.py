@@ -158,7 +158,8 @@ def run_stage(
     scores_file = folder / 'evals.json'
 
     def evaluate(which: str, step: int, state: Any) -> dict[str, float]:
-        scores = evaluator(which, state.params if state.ema is None else state.ema)
+        with _named(f'{where}.evals.{which}'):
+            scores = evaluator(which, state.params if state.ema is None else state.ema)
         if first:
             known = json.loads(scores_file.read_text()) if scores_file.is_file() else {}
             write_text(scores_file, json.dumps(known | {which: scores}, indent=1))

@@ -17,7 +17,6 @@ from big_vlm.training import step as steps
 
 STEPS = 20
 LAYOUTS = {'data': (8, 1, 1), 'fsdp': (1, 8, 1), 'mixed': (2, 2, 2)}
-SLOW = pytest.mark.slow
 # Wide enough that weights pass the size below which fsdp leaves them whole.
 WIDE = dict(width=64, mlp_dim=512, depth=2, num_heads=4)
 
@@ -56,20 +55,9 @@ def losses(tiny_digit_scenes, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize(
-    ('kind', 'layout'),
-    [
-        pytest.param('pretrain-dense', 'data', marks=SLOW),
-        pytest.param('pretrain-dense', 'fsdp', marks=SLOW),
-        pytest.param('pretrain-dense', 'mixed', marks=SLOW),
-        pytest.param('pretrain-ring', 'data', marks=SLOW),
-        pytest.param('pretrain-ring', 'fsdp', marks=SLOW),
-        ('pretrain-ring', 'mixed'),
-        pytest.param('multimodal', 'data', marks=SLOW),
-        pytest.param('multimodal', 'fsdp', marks=SLOW),
-        pytest.param('multimodal', 'mixed', marks=SLOW),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('kind', ['pretrain-dense', 'pretrain-ring', 'multimodal'])
 def test_eight_devices_lose_what_one_does(losses, kind, layout):
     one = losses(kind.replace('ring', 'dense'), 'one')
     assert one[-3:].mean() < 0.9 * one[:3].mean(), 'it should learn, or the comparison says little'

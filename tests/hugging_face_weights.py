@@ -1,26 +1,10 @@
-"""Hugging Face's weights as our parameters, for the parity tests: PARITY's mapping, the other way round.
+"""Hugging Face's weights as our parameters, for the parity tests.
 
 Small enough to check by eye. The real importer lives in `interop`; this one must not share code with it.
 """
 
 import jax
 import numpy as np
-
-
-def randomize(model, seed=0):
-    """Every weight and bias, norms included; token and position embeddings small, so that each epsilon shows."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            spread = 1e-2 if 'embed' in name else 0.3
-            p.copy_(spread * torch.randn(p.shape, generator=generator) + (1.0 if _is_layer_norm(name) else 0.0))
-    return model.eval()  # torch's inference mode: no dropout
-
-
-def _is_layer_norm(name):
-    return name.endswith('.weight') and any(x in name for x in ('layer_norm', 'post_layernorm.', 'head.layernorm'))
 
 
 def weights(model):

@@ -31,18 +31,18 @@ def make(folder: pathlib.Path) -> None:
         golden(path)
 
 
-def randomize(model: Any) -> Any:
+def randomize(model: Any, seed: int = 0) -> Any:
     """Every weight and bias, norms included; embeddings small, so that a wrong epsilon shows."""
     import torch
 
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     norms = ('layer_norm', 'post_layernorm.', 'head.layernorm')
     with torch.no_grad():
         for name, p in model.named_parameters():
             one = name.endswith('.weight') and any(norm in name for norm in norms)
             spread = 1e-2 if 'embed' in name else 0.3
             p.copy_(spread * torch.randn(p.shape, generator=generator) + (1.0 if one else 0.0))
-    return model.eval()
+    return model.train(False)
 
 
 def _siglip(folder):

@@ -24,6 +24,11 @@ from big_vlm.ops import position_resize
 
 _SMALL = 1 << 20  # elements
 FORMATS = ('bundle', 'npz', 'hugging_face')
+_OF_USE = {
+    'resize': 'it needs image_size',
+    'per_layer': 'only an .npz is written layer by layer',
+    'tokenizer': 'an .npz holds none',
+}
 
 
 def convert(
@@ -63,10 +68,17 @@ def convert(
     to = to or ('npz' if destination.suffix == '.npz' else 'hugging_face' if kind == 'bundle' else 'bundle')
     if to not in FORMATS:
         raise unknown('format', to, FORMATS)
+    for option, value, needed in (
+        ('resize', resize, image_size),
+        ('per_layer', per_layer, to == 'npz'),
+        ('tokenizer', tokenizer, to != 'npz'),
+    ):
+        if value and not needed:
+            raise UserError(f'{option}={value} has no effect: {_OF_USE[option]}')
     if image_size:
         model = _at(model, image_size, resize or ('bicubic' if kind == 'hugging_face' else 'bilinear'))
     pieces, contract = None, None
-    if tokenizer or model.tokenizer:
+    if to != 'npz' and (tokenizer or model.tokenizer):
         pieces = model.fitted(Tokenizer.load(tokenizer or model.tokenizer))
         contract = model.contract(pieces)
     total, so_far = model.weights.nbytes, 0

@@ -53,12 +53,11 @@ def read(path: pathlib.Path) -> tuple[config.Stage, Contract, Tokenizer, dict[st
     description = _describe(path)
     where = path / 'bundle.json'
     try:
-        contract = Contract.from_dict(description['contract'])
-        stage = config.parse_stage(description['config'], 'config', trained=False)
+        with config.located(str(where)):
+            contract = Contract.from_dict(description['contract'])
+            stage = config.parse_stage(description['config'], 'config', trained=False)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f'{where}: damaged or not a bundle ({type(error).__name__}: {error})') from None
-    except UserError as error:
-        raise UserError(f'{where}: {error}') from None
     tokenizer = Tokenizer.load(str(path / 'tokenizer.model'))
     if contract.vocab_size == tokenizer.base:  # a converted model without location tokens
         tokenizer = tokenizer.without_locations()

@@ -1,6 +1,7 @@
 """The configuration of a run: its schema, its validation, its files, and the errors a person reads."""
 
 from big_vlm.config.errors import UserError as UserError
+from big_vlm.config.errors import located as located
 from big_vlm.config.errors import unknown as unknown
 from big_vlm.config.files import load_config as load_config
 from big_vlm.config.files import take_overrides as take_overrides

@@ -1,11 +1,21 @@
 """The errors a person reads."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UserError(Exception):
     """One line for a person: what is wrong, where, and the fix. Printed without a traceback, exit code 2."""
+
+
+@contextlib.contextmanager
+def located(where: str) -> Iterator[None]:
+    """Puts `where`, such as a dotted key, before every UserError of its block."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f'{where}: {error}') from None
 
 
 def unknown(kind: str, name: str, valid: Iterable[str], where: str = '') -> UserError:

@@ -79,8 +79,3 @@ class Contract:
         if missing:
             raise UserError(f'the preprocessing contract lacks {", ".join(missing)}: the file is incomplete')
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-    def differences(self, other: 'Contract') -> list[str]:
-        """One 'name: ours, not theirs' for every entry that differs; empty if the two agree."""
-        mine, theirs = self.to_dict(), other.to_dict()
-        return [f'{name}: {mine[name]!r}, not {theirs[name]!r}' for name in mine if mine[name] != theirs[name]]

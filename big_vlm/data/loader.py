@@ -54,10 +54,8 @@ def open_sources(data: config.Data) -> list[_Part]:
     parts = []
     for name, settings in data.sources.items():
         pipeline = transforms.parse(settings.pipeline, where=f'data.sources.{name}.pipeline')
-        try:
+        with config.located(f'data.sources.{name}'):
             source = sources.subset(sources.load(settings.dataset, settings.split, data.data_dir), settings.where)
-        except UserError as error:
-            raise UserError(f'data.sources.{name}: {error}') from None
         if settings.weight > 0:
             parts.append(_Part(name, source, pipeline, settings.weight))
     if not parts:
@@ -74,10 +72,8 @@ def training_texts(data: config.Data, lower: bool = True, records: int = 4000) -
     """What the pipelines make of the sources' text, to train a tokenizer on: of each up to `records`, evenly spaced."""
     for part in open_sources(data):
         for index in range(0, len(part.source), max(len(part.source) // records, 1)):
-            try:
+            with config.located(f'data.sources.{part.name}'):
                 texts = list(part.pipeline.texts(part.source[index]))
-            except UserError as error:
-                raise UserError(f'data.sources.{part.name}: {error}') from error
             yield from (text.lower() if lower else text for text in texts)
 
 

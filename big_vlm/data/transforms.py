@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from big_vlm.config import UserError, unknown
+from big_vlm.config import UserError, located, unknown
 from big_vlm.data import operations
 from big_vlm.data.contract import Contract
 from big_vlm.data.tokenizer import Tokenizer
@@ -58,10 +58,8 @@ class Pipeline:
         """Refuses a `resize` to another size than the contract's, as running it would: UserError, naming `where`."""
         for name, args, kwargs in self._steps:
             if name == 'resize':
-                try:
+                with located(where):
                     operations.check_size(args[0] if args else kwargs['size'], image_size)
-                except UserError as error:
-                    raise UserError(f'{where}: {error}') from None
 
     def __repr__(self) -> str:
         return f'Pipeline({self.text!r})'

@@ -150,6 +150,7 @@ def _damage(file: pathlib.Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f'{file}: cannot be read: {error.strerror or error}') from error
+    # What zipfile raises besides: NotImplementedError for another compression, RuntimeError for an encrypted entry.
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
         raise UserError(f'{file}: damaged or not an .npz file ({" ".join(str(error).split())[:120]})') from error
 

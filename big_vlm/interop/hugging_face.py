@@ -56,9 +56,8 @@ def read(folder: pathlib.Path) -> Pretrained:
     table = table_of(family, settings.model)
     name = _token_table(family)
     wanted = rows.their_shapes(table, ours)
-    if theirs.shapes.get(name) is not None and theirs.shapes[name].shape[1:] == wanted[name].shape[1:]:
-        if theirs.shapes[name].shape[0] == settings.table_rows:
-            theirs = with_rows(theirs, name, settings.vocab_size)
+    if name in theirs.shapes and theirs.shapes[name].shape == (settings.table_rows, *wanted[name].shape[1:]):
+        theirs = with_rows(theirs, name, settings.vocab_size)
     check_names(wanted, theirs.shapes, str(folder), f'the {family} that its config.json describes')
     return Pretrained(
         family,
@@ -91,7 +90,13 @@ def write(
     if folder.exists():
         raise UserError(f'{folder} exists: choose another name, or remove it')
     description = hugging_face_config.describe(model, contract)
-    theirs = rows.to_theirs(table_of(model.family, model.model), model.weights)
+    table = table_of(model.family, model.model)
+    if homeless := sorted(set(model.weights.shapes) - {row.our_name for row in table}):
+        raise UserError(
+            f'{model.weights.where}: a {model.family} of transformers has no place for {", ".join(homeless[:4])}'
+            f'{", …" if len(homeless) > 4 else ""}: write an .npz instead'
+        )
+    theirs = rows.to_theirs(table, model.weights)
     if model.family == 'paligemma':
         theirs = with_rows(theirs, _token_table(model.family), hugging_face_config.padded(model.vocab_size))
     part = folder.with_name(f'.{folder.name}.part')

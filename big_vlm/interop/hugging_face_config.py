@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
+
+import jax.numpy as jnp
 
 from big_vlm import config
 from big_vlm.config import UserError, unknown
@@ -189,7 +192,8 @@ def describe(model: Pretrained, contract: Contract | None) -> dict[str, dict[str
     settings, sections = model.settings, model.model
     _expressible(model)
     image, decoder = sections.image, sections.decoder
-    [dtype] = {leaf.dtype.name for leaf in model.weights.shapes.values()} or {'float32'}
+    # In which transformers loads all of them; a file may mix, and the widest loses nothing.
+    dtype = functools.reduce(jnp.promote_types, (leaf.dtype for leaf in model.weights.shapes.values())).name
     ids = {}
     if contract is not None:
         ids = {'pad_token_id': contract.pad_id, 'eos_token_id': contract.eos_id}
@@ -283,6 +287,7 @@ def _expressible(model: Pretrained) -> None:
         ]
     else:
         needs.append(('model.decoder.final_softcap', sections.decoder.final_softcap, 0.0))
+        needs.append(('model.projector', sections.projector, 'linear'))
     for key, value, needed in needs:
         if value != needed:
             raise UserError(

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from big_vlm.config import Eval, Stage, UserError
+from big_vlm.config import Eval, Stage, UserError, located
 from big_vlm.data import loader, prompts, sources, transforms
 from big_vlm.data.contract import Contract
 from big_vlm.data.tokenizer import Tokenizer
@@ -130,12 +130,10 @@ class Evaluator:
         """
         for name, settings in self.stage.evals.items():
             truths = ('prefix', 'suffix') if settings.kind == 'generation' else (settings.label,)
-            try:
+            with located(f'{where}.evals.{name}'):
                 for record in next(self.batches(settings), ({}, []))[1]:
                     for key in (*truths, *settings.slices):
                         field(record, key)
-            except UserError as error:
-                raise UserError(f'{where}.evals.{name}: {error}') from None
 
     def batches(
         self, settings: Eval, examples: int | None = None

@@ -57,11 +57,11 @@ def check(stages: Mapping[str, Stage], shapes: Mapping[str, Any], name: str, whe
                 f'{where}.fresh: {pattern!r} matches no parameter; it must match a path such as {min(params)}'
             )
     folder = _folder(init, {})
-    try:
-        stored = trees.flat(shapes[init.stage]) if init.stage else _shapes(init, folder)
-    except UserError as error:
-        raise UserError(f'{where}.path: {error}') from None
-    trained_with = stages[init.stage].contract if init.stage else _contract(folder)
+    if init.stage:
+        stored, trained_with = trees.flat(shapes[init.stage]), stages[init.stage].contract
+    else:
+        with config.located(f'{where}.path'):
+            stored, trained_with = _shapes(init, folder), _contract(folder)
     for ours, theirs, wanted in _parts(init, params, where):
         found = _below(theirs, stored)
         if not found:

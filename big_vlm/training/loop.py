@@ -195,8 +195,8 @@ class _Log:
     """Writes metrics a little later than they are computed, so that the device never waits for the host.
 
     Two steps in flight keep an accelerator busy, and are the prefetch to it: their batches are on their way while an
-    earlier step runs. CPU devices share the host's threads, where two programs with
-    collectives at once can lock each other out: there it waits for each step.
+    earlier step runs. CPU devices share the host's threads, where two programs with collectives at once can lock each
+    other out: there it waits for each step.
     """
 
     def __init__(self, writers: Writer, meter: throughput.Meter):

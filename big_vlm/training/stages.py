@@ -8,7 +8,6 @@ A stage whose bundle is there is finished and skipped; one that has a checkpoint
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -53,7 +52,7 @@ def check(stages: Mapping[str, Stage]) -> None:
             pipeline.check_size(stage.contract.image_size, where=f'{place}.pipeline')
             sources.check(source.dataset, source.split, stage.data.data_dir, where=place)
         evaluation.check(stage, where)
-        with _named(where):
+        with config.located(where):
             mesh = _mesh(stage)
             meshes.check_batch(mesh, stage.batch_size)
             shapes[name] = steps.param_shapes(tasks.make(stage, _draft_contract(stage, vocab_sizes[name]), mesh))
@@ -107,7 +106,7 @@ def rehearse(stage: Stage, tokenizer: Tokenizer, where: str) -> None:
     """
     mesh, contract = _mesh(stage), make_contract(stage, tokenizer)
     shard = meshes.data_shard(mesh)
-    with _named(where):
+    with config.located(where):
         loader.train_batches(stage.data, contract, tokenizer, stage.batch_size, stage.seed, shard)[0]
     evaluation.Evaluator(stage, tasks.make(stage, contract, mesh), contract, tokenizer, mesh).rehearse(where)
 
@@ -158,7 +157,7 @@ def run_stage(
     scores_file = folder / 'evals.json'
 
     def evaluate(which: str, step: int, state: Any) -> dict[str, float]:
-        with _named(f'{where}.evals.{which}'):
+        with config.located(f'{where}.evals.{which}'):
             scores = evaluator(which, state.params if state.ema is None else state.ema)
         if first:
             known = json.loads(scores_file.read_text()) if scores_file.is_file() else {}
@@ -215,15 +214,6 @@ def _where(stages: Mapping[str, Stage], name: str) -> str:
     return 'config' if len(stages) == 1 and name == 'train' else f'config.{name}'
 
 
-@contextlib.contextmanager
-def _named(where: str) -> Iterator[None]:
-    """Puts the stage's dotted key before what is refused inside."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f'{where}: {error}') from None
-
-
 def _vocab_sizes(stages: Mapping[str, Stage]) -> dict[str, int]:
     """Of each stage's tokenizer; of one that is still to be trained, what it is asked to have."""
     asked = _asked_size(stages)
@@ -271,7 +261,7 @@ def _tokenizers(workdir: pathlib.Path, stages: Mapping[str, Stage]) -> dict[str,
 
     def texts() -> Iterator[str]:
         for name, stage in untold.items():
-            with _named(_where(stages, name)):
+            with config.located(_where(stages, name)):
                 yield from loader.training_texts(stage.data, stage.contract.lower)
 
     def train() -> None:

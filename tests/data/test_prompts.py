@@ -87,13 +87,10 @@ def test_padding_uses_the_contracts_own_id():
     assert prompts.contrastive_text([7], contract)[0].tolist() == [7, 1, 1, 1]
 
 
-def test_contract_round_trip_and_differences():
+def test_contract_round_trip():
     import json
 
     assert Contract.from_dict(json.loads(json.dumps(CONTRACT.to_dict()))) == CONTRACT
-    assert CONTRACT.differences(CONTRACT) == []
-    other = dataclasses.replace(CONTRACT, image_size=16, resample='bicubic')
-    assert CONTRACT.differences(other) == ['image_size: 8, not 16', "resample: 'bilinear', not 'bicubic'"]
 
 
 def test_contract_from_foreign_entries():

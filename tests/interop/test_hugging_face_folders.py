@@ -3,6 +3,7 @@
 `tests/goldens` is written by `tools/make_goldens.py`; nothing here needs torch or transformers.
 """
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from big_vlm import interop
 from big_vlm.checkpoints import trees
 from big_vlm.config import UserError
 from big_vlm.interop import big_vision, hugging_face, safetensors_files
+from big_vlm.interop.lazy import LazyWeights
 from big_vlm.models import gemma
 
 GOLDENS = Path(__file__).parents[1] / 'goldens'
@@ -103,6 +105,42 @@ def test_published_configs_with_nothing_but_defaults(tmp_path):
     assert (settings.model.image.variant, settings.model.text.variant, settings.vocab_size) == ('B/16', 'B', 32_000)
     assert settings.model.image.width == 0, 'the variant says it'
     assert (settings.contract.resample, settings.contract.value_range) == ('bilinear', (0.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ('decoder', 'sections', 'message'),
+    [
+        (
+            {'variant': 'gemma2_2b'},
+            {},
+            r'no place for llm/layers/post_attention_norm/scale, .*post_ffw_norm/scale: write',
+        ),
+        ({'variant': 'gemma3_1b'}, {}, r'no place for llm/layers/attn/_key_norm/scale, .*: write an \.npz instead'),
+        ({}, {'projector': 'cls'}, r"model\.projector is 'cls', .*: write an \.npz instead"),
+    ],
+)
+def test_nothing_of_ours_is_left_behind(tmp_path, decoder, sections, message):
+    """A PaliGemma of another kind is refused, not written without the arrays that make it one."""
+    model = interop.read(GOLDENS / 'paligemma')
+    sections = {'decoder': dataclasses.replace(model.model.decoder, **decoder), **sections}
+    model = dataclasses.replace(model, model=dataclasses.replace(model.model, **sections))
+    shapes = model.expected()
+    model = dataclasses.replace(model, weights=LazyWeights(shapes, lambda n: np.zeros(shapes[n].shape), 'mine')).check()
+    with pytest.raises(UserError, match=message):
+        hugging_face.write(tmp_path / 'folder', model)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_may_mix_dtypes(tmp_path):
+    model = interop.read(GOLDENS / 'siglip')
+    leaf = model.weights.shapes['t']
+    shapes = {**model.weights.shapes, 't': jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16)}
+    lazy = LazyWeights(shapes, lambda n: np.asarray(model.weights.read(n), shapes[n].dtype), 'mixed')
+    hugging_face.write(tmp_path / 'folder', dataclasses.replace(model, weights=lazy))
+    assert json.loads((tmp_path / 'folder' / 'config.json').read_text())['dtype'] == 'float32'
+    again = interop.read(tmp_path / 'folder').weights
+    assert again.shapes == shapes
+    np.testing.assert_array_equal(again.read('t'), lazy.read('t'))
 
 
 @pytest.mark.parametrize('name', NAMES)

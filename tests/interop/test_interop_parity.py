@@ -69,13 +69,13 @@ def test_transformers_loads_what_we_write_and_computes_the_same(exported, name):
     model, info = CLASSES[name].from_pretrained(exported / name, output_loading_info=True)
     assert not info['missing_keys'] and not info['unexpected_keys'] and not info['mismatched_keys']
     golden = outputs(name)
-    for key, value in run(model.eval(), name).items():
+    for key, value in run(model, name).items():
         np.testing.assert_allclose(value, golden[key], rtol=0, atol=1e-6 * np.abs(golden[key]).max(), err_msg=key)
 
 
 @pytest.mark.parametrize('name', CLASSES)
 def test_the_goldens_are_what_transformers_computes(name):
-    model, golden = CLASSES[name].from_pretrained(GOLDENS / name).eval(), outputs(name)
+    model, golden = CLASSES[name].from_pretrained(GOLDENS / name), outputs(name)
     for key, value in run(model, name).items():
         np.testing.assert_allclose(value, golden[key], rtol=0, atol=1e-6 * np.abs(golden[key]).max(), err_msg=key)
 

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hugging_face_weights import decoder, dense, encoder, image_tower, map_head, randomize, weights
+from hugging_face_weights import decoder, dense, encoder, image_tower, map_head, weights
 
 from big_vlm.models import gemma, paligemma, text_towers, two_towers, vit
+from tools.make_goldens import randomize
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')

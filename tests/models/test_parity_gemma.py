@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hugging_face_weights import decoder, dense, gradients, image_tower, randomize, weights
+from hugging_face_weights import decoder, dense, gradients, image_tower, weights
 
 from big_vlm.decoding.generate import make_generate
 from big_vlm.models import gemma, paligemma, vit
 from big_vlm.ops import token_loss
+from tools.make_goldens import randomize
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')

@@ -156,7 +156,6 @@ def test_muon_against_its_iteration():
     rng = np.random.default_rng(0)
     shapes = {name: shape for name, (shape, _) in MATRICES.items()}
     others = [name for name in NAMES if not re.fullmatch('|'.join(pattern for pattern, _ in optimizer.MATRICES), name)]
-    assert len(others) + sum(name in NAMES for name in MATRICES) < len(NAMES)
     assert {'llm/embedder/input_embedding', 'img/embedding/kernel', 'img/head/kernel', 't'} < set(others)
     shapes |= dict.fromkeys(others, (2, 3))
     grads = {name: rng.normal(size=shape) for name, shape in shapes.items()}

@@ -71,6 +71,7 @@ class ImageTower:
     mlp_dim: Count = 0
     num_heads: Count = 0
     pool: Literal['map', 'gap', 'tok', 'none'] = 'map'  # attention head, mean, class token, all patches
+    stem: Literal['patch', 'conv'] = 'patch'  # a token is one product of its patch, or what convolutions leave of it
     position: Literal['learn', 'sincos2d'] = 'learn'  # position embedding
     position_init: Amount = 0.0  # stddev of the learned position embedding's init; 0: 1/sqrt(width)
     dropout: Amount = 0.0

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import functools
 
-import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from big_vlm.config import UserError, unknown
+from big_vlm.models.stems import STEMS, ConvStem
 from big_vlm.ops.attention import attention
 
 #              width depth mlp_dim heads
@@ -78,30 +78,6 @@ def sincos2d(height: int, width: int, dim: int, temperature: float = 10_000.0) -
     omega = temperature ** -(np.arange(dim // 4) / (dim // 4 - 1))
     y, x = y.reshape(-1, 1) * omega, x.reshape(-1, 1) * omega
     return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1).astype(np.float32)[None]
-
-
-class PatchEmbedding(nn.Module):
-    """A VALID convolution whose stride is its kernel, written as one matrix product; pixels left over are not seen."""
-
-    width: int
-    patch_size: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, image):
-        p = self.patch_size
-        kernel = self.param('kernel', nn.initializers.lecun_normal(), (p, p, image.shape[-1], self.width))
-        bias = self.param('bias', nn.initializers.zeros, (self.width,))
-        height, width = image.shape[1] // p, image.shape[2] // p
-        if not height or not width:
-            raise UserError(
-                f'an image of {image.shape[1]}x{image.shape[2]} pixels holds no patch of {p}: raise '
-                'contract.image_size or take a smaller patch'
-            )
-        x = image[:, : height * p, : width * p].astype(self.dtype)
-        x = einops.rearrange(x, 'B (h p) (w q) C -> (B h w) (p q C)', p=p, q=p)
-        x = x @ kernel.reshape(-1, self.width).astype(self.dtype) + bias.astype(self.dtype)
-        return x.reshape(-1, height * width, self.width), (height, width)
 
 
 class MlpBlock(nn.Module):
@@ -217,6 +193,7 @@ class ViT(nn.Module):
 
     Attributes:
       pool: 'map', 'gap' (mean), 'tok' (a class token) or 'none'.
+      stem: 'patch' (one product per patch) or 'conv' (`stems.ConvStem`; the patch size is a power of two).
       position: 'learn' (one embedding per patch) or 'sincos2d' (fixed).
       position_init: stddev of the learned one's initial values; 0 is big_vision's 1/sqrt(width).
       dtype: of the arithmetic; parameters are float32.
@@ -231,6 +208,7 @@ class ViT(nn.Module):
     mlp_dim: int = 0
     num_heads: int = 0
     pool: str = 'map'
+    stem: str = 'patch'
     position: str = 'learn'
     position_init: float = 0.0
     head: int = 0
@@ -242,7 +220,8 @@ class ViT(nn.Module):
     @property
     def sizes(self) -> dict[str, int]:
         """width, depth, mlp_dim, num_heads, patch_size. Raises UserError for names and sizes that cannot be."""
-        for kind, name, valid in (('pool', self.pool, POOLS), ('position', self.position, POSITIONS)):
+        names = (('pool', self.pool, POOLS), ('stem', self.stem, STEMS), ('position', self.position, POSITIONS))
+        for kind, name, valid in names:
             if name not in valid:
                 raise unknown(kind, name, valid, 'image tower')
         if self.remat not in REMATS:
@@ -252,13 +231,15 @@ class ViT(nn.Module):
         )
         if 'patch_size' not in sizes:
             raise UserError(f"ViT variant {self.variant!r} lacks a patch size: write '{self.variant}/16'")
+        if self.stem == 'conv':
+            _ = ConvStem(sizes['width'], sizes['patch_size'], self.dtype).channels
         return sizes
 
     @nn.compact
     def __call__(self, image: jax.Array, *, train: bool = False) -> tuple[jax.Array, dict[str, jax.Array]]:
         sizes = self.sizes
         width, heads, mlp_dim = sizes['width'], sizes['num_heads'], sizes['mlp_dim']
-        x, grid = PatchEmbedding(width, sizes['patch_size'], self.dtype, name='embedding')(image)
+        x, grid = STEMS[self.stem](width, sizes['patch_size'], self.dtype, name='embedding')(image)
         out = {'stem': x}
         if self.position == 'learn':
             init = nn.initializers.normal(self.position_init or width**-0.5)
@@ -301,7 +282,7 @@ def forward_flops(model: ViT, image_size: int) -> float:
     """Model FLOPs of one image's forward pass (for MFU: times 3 with the backward pass)."""
     s = model.sizes
     width, mlp_dim, patches = s['width'], s['mlp_dim'], (image_size // s['patch_size']) ** 2
-    flops = 2.0 * patches * 3 * s['patch_size'] ** 2 * width
+    flops = STEMS[model.stem](width, s['patch_size'], model.dtype).flops(image_size)
     flops += encoder_flops(s['depth'], width, mlp_dim, patches + (model.pool == 'tok'))
     if model.pool == 'map':
         flops += map_head_flops(width, mlp_dim, patches)

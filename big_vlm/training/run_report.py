@@ -24,7 +24,6 @@ from big_vlm.training.evaluation import Evaluator
 
 _PAIRS = 16  # of the similarity matrix
 _ANSWERS = 8  # per evaluation
-_NEW_TOKENS = 32
 
 
 def make(
@@ -53,7 +52,7 @@ def make(
             drawn['similarity'] = _similarity(model, stage) or drawn['similarity']
         else:
             talked = len(drawn['answers'])
-            _talk(model, stage, drawn)
+            _talk(model, stage, folder, drawn)
             for answer in drawn['answers'][talked : talked + 1]:
                 Image.fromarray(answer.image).save(folder / 'example.png')
                 words = (str(bundles[name]), f'--image={folder / "example.png"}', f'--prompt={answer.prompt}')
@@ -99,47 +98,39 @@ def _similarity(model: Bundle, stage: Stage) -> report.Similarity | None:
     return report.Similarity(z['image'] @ z['text'].T, images, captions)
 
 
-def _talk(model: Bundle, stage: Stage, drawn: dict[str, Any]) -> None:
-    """Answers to the first examples of every generative evaluation, and the attention of some of them."""
-    for settings in stage.evals.values():
-        if settings.kind != 'generation':
+def _talk(model: Bundle, stage: Stage, folder: pathlib.Path, drawn: dict[str, Any]) -> None:
+    """The first answers of every generative evaluation, as it stored them, and the attention of some of them."""
+    for name, settings in stage.evals.items():
+        file = folder / f'predictions_{name}.jsonl'
+        if settings.kind != 'generation' or not file.is_file():
             continue
-        examples = _examples(model, stage, settings, _ANSWERS)
-        images, records = [image for image, _ in examples], [record for _, record in examples]
-        # One length for all evaluations, and so one compilation.
-        answers = model.generate(images, [record['prefix'] for record in records], max_new_tokens=_NEW_TOKENS)
+        with file.open(encoding='utf-8') as lines:
+            said = [json.loads(line) for line in itertools.islice(lines, _ANSWERS)]
         metric = generation.metric(settings.metrics[0])
-        for image, record, answer in zip(images, records, answers, strict=True):
-            score = metric.score(answer.text, record['suffix'])
-            found, true = _boxes(answer.text), _boxes(record['suffix'])
-            drawn['answers'].append(
-                report.Answer(
-                    image=image,
-                    prompt=record['prefix'],
-                    answer=answer.text,
-                    truth=record['suffix'],
-                    correct=bool(score >= 0.5),
-                    boxes=found,
-                    true_boxes=true,
-                    note=f'IoU {score:.2f}' if len(true) else '',
-                )
-            )
-        if len(drawn['attention']) < 3:
-            drawn['attention'].append(_attention(model, images[0], records[0]['prefix'], answers[0]))
-        if drawn['patches'] is None:
-            size = model.task.model.img.sizes['patch_size']
-            side = model.contract.image_size // size
-            drawn['patches'] = report.Patches(images[0], (side, side), size)
+        for (image, record), entry in zip(_examples(model, stage, settings, _ANSWERS), said, strict=False):
+            prompt, answer, truth = entry['prompt'], entry['prediction'], entry['truth']
+            if (prompt, truth) != (record['prefix'], record['suffix']):
+                continue  # of other settings than today's
+            score = metric.score(answer, truth)
+            found, true = _boxes(answer), _boxes(truth)
+            note = f'IoU {score:.2f}' if len(true) else ''
+            drawn['answers'].append(report.Answer(image, prompt, answer, truth, bool(score >= 0.5), found, true, note))
+            if len(drawn['attention']) < 3 and entry is said[0]:
+                drawn['attention'].append(_attention(model, image, prompt, answer))
+            if drawn['patches'] is None:
+                size = model.task.model.img.sizes['patch_size']
+                side = model.contract.image_size // size
+                drawn['patches'] = report.Patches(image, (side, side), size)
 
 
 def _boxes(text: str) -> np.ndarray:
     return np.array([box for box, _ in coordinates.text_to_boxes(text)], np.float64).reshape(-1, 4)
 
 
-def _attention(model: Bundle, image: np.ndarray, prompt: str, answer: bundle.Answer) -> report.Attention:
+def _attention(model: Bundle, image: np.ndarray, prompt: str, answer: str) -> report.Attention:
     """What the query that predicts each token of the answer pays to each patch, averaged over layers and heads."""
     contract = model.contract
-    ids = [i for i in answer.ids if i != contract.eos_id][:12]
+    ids = model.tokenizer.encode(answer)[:12]
     prefix = model.tokenizer.encode(prompt.lower() if contract.lower else prompt)
     row = prompts.generative_row(prefix, ids, contract)
     batch = {key: value[None] for key, value in row.items()}

@@ -3,7 +3,8 @@
     WORKDIR/config.json, tokenizer.model       of the whole run
     WORKDIR/STAGE/checkpoints, metrics.csv, tb, evals.json, predictions_*.jsonl, bundle
 
-A stage whose bundle is there is finished and skipped; one that has a checkpoint goes on from it.
+A stage whose bundle is there is finished and skipped, but for evaluations that it has no scores of; one that has a
+checkpoint goes on from it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from big_vlm.sharding import mesh as meshes
 from big_vlm.training import evaluation, initial_weights, loop, optimizer
 from big_vlm.training import step as steps
 
+_SCORES = 'evals.json'
 # What may change between two runs in one workdir: where it runs, what is logged, kept and evaluated.
 _FREE = ('mesh', 'log_every', 'checkpoint', 'evals')
 _FREE_DATA = ('data_dir', 'workers', 'threads', 'prefetch')
@@ -93,6 +95,7 @@ def run(stages: Mapping[str, Stage], workdir: str | os.PathLike) -> dict[str, pa
     for name, stage in stages.items():
         if name in finished:
             say(f'{name}: finished already, {bundles[name]}')
+            _evaluate_what_is_new(stage, workdir / name, bundles[name], _where(stages, name))
         else:
             run_stage(name, stage, workdir / name, tokenizers[name], bundles, where=_where(stages, name))
     return bundles
@@ -154,14 +157,9 @@ def run_stage(
         return loader.iterate(ds, start, stage.data.threads, stage.data.workers, stage.data.prefetch)
 
     evaluator = evaluation.Evaluator(stage, task, contract, tokenizer, mesh, folder)
-    scores_file = folder / 'evals.json'
 
     def evaluate(which: str, step: int, state: Any) -> dict[str, float]:
-        with config.located(f'{where}.evals.{which}'):
-            scores = evaluator(which, state.params if state.ema is None else state.ema)
-        if first:
-            known = json.loads(scores_file.read_text()) if scores_file.is_file() else {}
-            write_text(scores_file, json.dumps(known | {which: scores}, indent=1))
+        scores = _evaluate(evaluator, which, state.params if state.ema is None else state.ema, folder, where)
         return {f'{which}/{metric}': entry['score'] for metric, entry in scores.items()}
 
     writer = writers.MultiWriter(
@@ -191,10 +189,35 @@ def run_stage(
         )
     finally:
         writer.close()
-    scores = json.loads(scores_file.read_text()) if scores_file.is_file() else {}
     params = state.params if state.ema is None else state.ema
-    bundle.save(folder / 'bundle', params, stage, contract, tokenizer, scores=scores)
+    bundle.save(folder / 'bundle', params, stage, contract, tokenizer, scores=_scores(folder))
     say(f'{name}: done in {(time.time() - began) / 60:.1f} min, {folder / "bundle"}')
+
+
+def _evaluate(
+    evaluator: evaluation.Evaluator, which: str, params: Any, folder: pathlib.Path, where: str
+) -> evaluation.Scores:
+    """Scores of one evaluation, written among those of the stage."""
+    with config.located(f'{where}.evals.{which}'):
+        scores = evaluator(which, params)
+    if jax.process_index() == 0:
+        write_text(folder / _SCORES, json.dumps(_scores(folder) | {which: scores}, indent=1))
+    return scores
+
+
+def _scores(folder: pathlib.Path) -> dict[str, Any]:
+    file = folder / _SCORES
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _evaluate_what_is_new(stage: Stage, folder: pathlib.Path, path: pathlib.Path, where: str) -> None:
+    """The evaluations of a finished stage that have no scores yet, on its bundle."""
+    new = [which for which in stage.evals if which not in _scores(folder)]
+    if new:
+        model = bundle.load(path, mesh=_mesh(stage))
+        evaluator = evaluation.Evaluator(stage, model.task, model.contract, model.tokenizer, model.mesh, folder)
+        for which in new:
+            _evaluate(evaluator, which, model.params, folder, where)
 
 
 def make_contract(stage: Stage, tokenizer: Tokenizer) -> Contract:

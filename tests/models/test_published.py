@@ -195,13 +195,16 @@ def test_the_documented_table_is_this_one():
 
 
 def matmul_flops(jaxpr):
-    """Twice the multiply-adds of every dot_general, loops counted as often as they run."""
+    """Twice the multiply-adds of every dot_general and convolution, loops counted as often as they run."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == 'dot_general':
             ((contracted, _), _) = equation.params['dimension_numbers']
             inner = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
             total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
+        if equation.primitive.name == 'conv_general_dilated':
+            kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
+            total += 2 * math.prod(kernel[:-1]) * math.prod(out)
         times = equation.params.get('length', 1) if equation.primitive.name == 'scan' else 1
         for value in equation.params.values():
             inner_jaxpr = getattr(value, 'jaxpr', value)
@@ -218,9 +221,9 @@ def image(model, *lead):
     return jax.ShapeDtypeStruct((*lead, model.image_size, model.image_size, 3), jnp.float32)
 
 
-@pytest.mark.parametrize('pool', vit.POOLS)
-def test_vit_flops(pool):
-    model = vit.ViT('S/16', pool=pool, head=100)
+@pytest.mark.parametrize(('pool', 'stem'), [*((pool, 'patch') for pool in vit.POOLS), ('gap', 'conv')])
+def test_vit_flops(pool, stem):
+    model = vit.ViT('S/16', pool=pool, stem=stem, head=100)
     x = jax.ShapeDtypeStruct((1, 70, 70, 3), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), x)
     assert vit.forward_flops(model, 70) == traced(lambda p, x: model.apply(p, x)[0], params, x)

@@ -42,6 +42,8 @@ def test_decode_variant():
         ({'variant': 'B'}, "write 'B/16'"),
         ({'num_heads': 5}, 'not a multiple of num_heads 5'),
         ({'pool': 'mop'}, "did you mean 'map'"),
+        ({'stem': 'cnv'}, "did you mean 'conv'"),
+        ({'stem': 'conv', 'variant': 'So400m/14'}, r'patches must be of 2, 4, .*, not 14'),
         ({'position': 'lern'}, "did you mean 'learn'"),
         ({'remat': 'ful'}, "did you mean 'full'"),
     ],
@@ -56,16 +58,6 @@ def test_an_image_smaller_than_a_patch_is_refused():
     assert random_params(model, size=4)['pos_embedding'].shape == (1, 1, 16)
     with pytest.raises(config.UserError, match=r'3x3 pixels holds no patch of 4: raise contract\.image_size'):
         random_params(model, size=3)
-
-
-def test_patch_embedding_is_a_valid_strided_convolution():
-    x, kernel = image(14), np.random.default_rng(0).normal(size=(4, 4, 3, 5)).astype(np.float32)
-    bias = np.arange(5, dtype=np.float32)
-    module = vit.PatchEmbedding(5, 4, jnp.float32)
-    got, grid = module.apply({'params': {'kernel': kernel, 'bias': bias}}, x)
-    expected = jax.lax.conv_general_dilated(x, kernel, (4, 4), 'VALID', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
-    assert grid == (3, 3)  # 14 pixels hold three patches of 4; two pixels are not seen
-    np.testing.assert_allclose(got, expected.reshape(2, 9, 5) + bias, atol=1e-5)
 
 
 def test_sincos2d_closed_form():

@@ -18,6 +18,11 @@ ATTENTION = 'MultiHeadDotProductAttention_0'
 NAMES = {
     'img/embedding/kernel': True,
     'img/embedding/bias': False,
+    'img/embedding/conv_0/kernel': True,
+    'img/embedding/norm_0/scale': False,
+    'img/embedding/norm_0/bias': False,
+    'img/embedding/out/kernel': True,
+    'img/embedding/out/bias': False,
     'img/pos_embedding': False,
     'img/cls': False,
     'img/head/kernel': True,

@@ -1,6 +1,8 @@
 """The stages of a run, in miniature: what each leaves behind, what the next takes over, and what is refused."""
 
 import copy
+import dataclasses
+import html
 import json
 import shutil
 
@@ -98,6 +100,8 @@ def test_predictions_tell_every_question_and_answer(micro_run):
 
 def test_the_report_shows_the_scores(micro_run):
     page = (micro_run / 'report.html').read_text()
+    said = json.loads((micro_run / 'transfer' / 'predictions_answer.jsonl').read_text().splitlines()[0])
+    assert html.escape(said['prompt']) in page and html.escape(said['prediction']) in page
     for name in STAGES:
         for evaluation, result in runs.scores(micro_run, name).items():
             assert f'{name}: {evaluation}' in page
@@ -149,6 +153,19 @@ def test_finished_stages_are_skipped(another, tiny_digit_scenes, capsys, monkeyp
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert bundles == {name: another / name / 'bundle' for name in STAGES}
     assert capsys.readouterr().out.count('finished already') == 3
+
+
+def test_evaluations_added_to_a_finished_stage_run_on_its_bundle(another, tiny_digit_scenes, monkeypatch):
+    monkeypatch.setattr(stages, 'run_stage', lambda *_, **__: pytest.fail('trains again'))
+    before = {name: runs.scores(another, name) for name in STAGES}
+    answers = (another / 'transfer' / 'predictions_answer.jsonl').read_bytes()
+    made = make(tiny_digit_scenes)
+    transfer = made['transfer']
+    again = dataclasses.replace(transfer, evals=transfer.evals | {'again': transfer.evals['answer']})
+    stages.run(made | {'transfer': again}, another)
+    after = {name: runs.scores(another, name) for name in STAGES}
+    assert after['transfer'].pop('again') == before['transfer']['answer'] and after == before
+    assert (another / 'transfer' / 'predictions_again.jsonl').read_bytes() == answers
 
 
 def test_a_workdir_of_another_config_is_refused(another, tiny_digit_scenes):

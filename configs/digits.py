@@ -19,25 +19,42 @@ from configs.quickstart import CAPTION, READ, adamw, generation, source, train_p
 
 SIZE, CLOSER = 64, 80  # pixels, before and in the transfer stage
 TEXT = 36
+ONE = dict(num_digits=1)
 
 
 def get_config(arg: str = '') -> ConfigDict:
     args = parse_arg(arg, smoke=False, seed=0, split='test') | {'layout': 'free'}
     config = ConfigDict()
-    config.stages = ('pretrain', 'multimodal', 'transfer')
+    config.stages = ('single', 'pretrain', 'multimodal', 'transfer')
+    config.single = single(args)
     config.pretrain = pretrain(args)
     config.multimodal = multimodal(args)
     config.transfer = transfer(args)
     return config
 
 
-def pretrain(args: dict) -> ConfigDict:
-    """A dual encoder of scenes and their captions."""
+def single(args: dict) -> ConfigDict:
+    """A dual encoder of single digits and their names: scenes are told apart by colours and places long before."""
     stage = quickstart.pretrain(args, SIZE, TEXT)
-    stage.total = dict(steps=20 if args['smoke'] else 2000)
-    stage.data.sources.captions.weight = 1.0
+    stage.total = dict(steps=20 if args['smoke'] else 500)
     # Whole, not merged into the quickstart's: that one's image tower learns its position embedding.
     stage.model = dict(scan=False, image=image_tower() | dict(pool='gap'), text=stage.model.text)
+    digits = stage.data.sources.digits
+    digits.where = ONE
+    stage.data.sources = dict(digits=digits)
+    stage.evals = dict(digit=stage.evals.digit)
+    return stage
+
+
+def pretrain(args: dict) -> ConfigDict:
+    """A dual encoder of scenes and their captions."""
+    stage = single(args)
+    scenes = quickstart.pretrain(args, SIZE, TEXT)
+    stage.total = dict(steps=20 if args['smoke'] else 1000)
+    stage.init_from = dict(stage='single')
+    stage.data.sources.captions = scenes.data.sources.captions
+    stage.data.sources.captions.weight = 0.5
+    stage.evals = scenes.evals
     return stage
 
 
@@ -45,7 +62,7 @@ def multimodal(args: dict) -> ConfigDict:
     """The whole of a PaliGemma on a mixture: captions, questions, boxes, reading."""
     stage = quickstart.base(args, SIZE, TEXT)
     stage.task = 'generative'
-    stage.total = dict(steps=20 if args['smoke'] else 6000)
+    stage.total = dict(steps=20 if args['smoke'] else 4500)
     stage.batch_size = 32
     stage.model.update(image=image_tower(), decoder=quickstart.decoder())
     stage.init_from = dict(stage='pretrain', parts={'img': 'img'}, fresh=('img/head/.*',))
@@ -86,4 +103,4 @@ def transfer(args: dict) -> ConfigDict:
 
 def image_tower() -> dict:
     # Fixed sines: what it learns about a patch's neighbours in one place it knows in all of them.
-    return dict(variant='Ti/8', stem='conv', width=128, depth=3, mlp_dim=512, num_heads=4, position='sincos2d')
+    return dict(variant='Ti/8', stem='conv', width=128, depth=2, mlp_dim=512, num_heads=4, position='sincos2d')

@@ -17,7 +17,7 @@ from configs import quickstart
 from configs.arguments import parse_arg
 from configs.quickstart import CAPTION, READ, adamw, generation, source, train_pipeline
 
-SIZE, CLOSER = 64, 80  # pixels, before and in the transfer stage
+SIZE = 64  # pixels
 TEXT = 36
 ONE = dict(num_digits=1)
 
@@ -86,17 +86,17 @@ def multimodal(args: dict) -> ConfigDict:
 
 
 def transfer(args: dict) -> ConfigDict:
-    """Reading, looked at more closely."""
-    stage = quickstart.base(args, CLOSER, TEXT)
+    """Reading alone."""
+    stage = quickstart.base(args, SIZE, text=12)
     stage.task = 'generative'
-    stage.total = dict(steps=20 if args['smoke'] else 400)
+    stage.total = dict(steps=20 if args['smoke'] else 1500)
     stage.batch_size = 32
     stage.model.update(image=image_tower(), decoder=quickstart.decoder())
     stage.init_from = dict(stage='multimodal')
-    stage.data.sources = dict(read=source(args, train_pipeline(CLOSER, f'shuffle_channels | {READ}')))
-    stage.optimizer = adamw(5e-4)
+    stage.data.sources = dict(read=source(args, train_pipeline(SIZE, f'shuffle_channels | {READ}')))
+    stage.optimizer = adamw(1e-3)
     stage.evals = dict(
-        read=generation(args, CLOSER, READ, examples=0, max_new_tokens=12, slices=('held_out', 'num_digits'))
+        read=generation(args, SIZE, READ, examples=0, max_new_tokens=12, slices=('held_out', 'num_digits'))
     )
     return stage
 

@@ -30,6 +30,7 @@ def stage(kind, data_dir):
         model['loss_form'] = kind.split('-')[1]
     else:
         model['decoder'] = model['decoder'] | WIDE | dict(head_dim=16)
+        model['image'] |= dict(stem='conv')  # the dual encoder has the other stem
     raw |= dict(total=dict(steps=STEPS), batch_size=16, evals={}, init_from={}, checkpoint=dict(every=100))
     return config.validate(raw)['train']
 

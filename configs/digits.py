@@ -34,27 +34,30 @@ def get_config(arg: str = '') -> ConfigDict:
 
 
 def single(args: dict) -> ConfigDict:
-    """A dual encoder of single digits and their names: scenes are told apart by colours and places long before."""
+    """A dual encoder of single digits, their names and colours: whole scenes it tells apart without the digits."""
     stage = quickstart.pretrain(args, SIZE, TEXT)
-    stage.total = dict(steps=20 if args['smoke'] else 500)
+    stage.total = dict(steps=20 if args['smoke'] else 600)
     # Whole, not merged into the quickstart's: that one's image tower learns its position embedding.
     stage.model = dict(scan=False, image=image_tower() | dict(pool='gap'), text=stage.model.text)
-    digits = stage.data.sources.digits
-    digits.where = ONE
-    stage.data.sources = dict(digits=digits)
-    stage.evals = dict(digit=stage.evals.digit)
+    looks = f'decode | resize({SIZE})'
+    stage.data.sources = dict(
+        digits=source(args, f'{looks} | shuffle_channels | text("reading")', weight=2.0) | dict(where=ONE),
+        # Digits read in any colour teach a tower not to see colours, and the stages after it do not bring them back.
+        colors=source(args, f'{looks} | first("objects/color", "color") | text("color")') | dict(where=ONE),
+    )
+    stage.evals.color.templates = ('{}',)
+    stage.evals = dict(digit=stage.evals.digit, color=stage.evals.color)
     return stage
 
 
 def pretrain(args: dict) -> ConfigDict:
     """A dual encoder of scenes and their captions."""
     stage = single(args)
-    scenes = quickstart.pretrain(args, SIZE, TEXT)
     stage.total = dict(steps=20 if args['smoke'] else 1000)
     stage.init_from = dict(stage='single')
-    stage.data.sources.captions = scenes.data.sources.captions
-    stage.data.sources.captions.weight = 0.5
-    stage.evals = scenes.evals
+    captions = source(args, f'decode | resize({SIZE}) | text("caption")', weight=2.0)
+    stage.data.sources = stage.data.sources.to_dict() | dict(captions=captions)
+    stage.evals = quickstart.pretrain(args, SIZE, TEXT).evals
     return stage
 
 

@@ -50,8 +50,14 @@ class Pipeline:
 
     def texts(self, record: dict) -> Iterator[str]:
         """Every text the pipeline may take from a record, to train a tokenizer on."""
+        record = dict(record)
         for name, args, kwargs in self._steps:
-            if name in operations.TEXTS:
+            if name == 'first':  # a field of the steps after it
+                try:
+                    operations.first(record, None, *args, **kwargs)
+                except ValueError:  # a bad example
+                    return
+            elif name in operations.TEXTS:
                 yield from operations.TEXTS[name](record, *args, **kwargs)
 
     def check_size(self, image_size: int, where: str) -> None:

@@ -221,6 +221,9 @@ def test_a_prompt_that_does_not_fit(free, tokenizer):
 def test_texts_for_a_tokenizer(free):
     record = free[0]
     assert list(transforms.parse("decode | text('caption')", where='').texts(record)) == [record['caption']]
+    pipeline = transforms.parse("first('objects/color', 'color') | text('a {color} one')", where='')
+    assert list(pipeline.texts(record)) == [f'a {record["objects"]["color"][0]} one'] and 'color' not in record
+    assert list(pipeline.texts(record | {'objects': {'color': []}})) == []
     asked = record['questions']
     assert list(transforms.parse('question | tokenize', where='').texts(record)) == asked['question'] + asked['answer']
     pipeline = transforms.parse("prefix('ocr') | suffix('{reading}')", where='')

@@ -75,7 +75,7 @@ def text(example: Example, context: 'Context', source: str) -> None:
     example['text'], example['text_mask'] = prompts.contrastive_text(ids, context.contract)
 
 
-def first(example: Example, context: 'Context', column: str, name: str) -> None:
+def first(example: Example, context: 'Context | None', column: str, name: str) -> None:
     """The first item of a column, `first('objects/digit', 'digit')`, as a field of its own: a label to evaluate."""
     value: Any = example
     for key in column.split('/'):

@@ -1,7 +1,7 @@
 """The full task: one to four scanned digits of any size anywhere, on plain or textured grounds (`digit_scenes/free`).
 
-The quickstart's three stages, with an image tower that begins with convolutions: whole patches show a digit that may be
-anywhere differently every time, and stay at chance for tens of thousands of scenes.
+The quickstart's stages after one of single digits, with an image tower that begins with convolutions: whole patches show
+a digit that may be anywhere differently every time, and stay at chance for tens of thousands of scenes.
 
 More than an hour on two CPU cores. It may run in pieces, in the background: stopped (Ctrl-C, SIGTERM, SIGKILL) and
 started again, it goes on where it was.

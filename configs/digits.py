@@ -1,7 +1,7 @@
 """The full task: one to four scanned digits of any size anywhere, on plain or textured grounds (`digit_scenes/free`).
 
-The quickstart's stages after one of single digits, with an image tower that begins with convolutions: whole patches show
-a digit that may be anywhere differently every time, and stay at chance for tens of thousands of scenes.
+The quickstart's stages after one of single digits, with an image tower that begins with convolutions: whole patches
+show a digit that may be anywhere differently every time, and stay at chance for tens of thousands of scenes.
 
 More than an hour on two CPU cores. It may run in pieces, in the background: stopped (Ctrl-C, SIGTERM, SIGKILL) and
 started again, it goes on where it was.
@@ -34,19 +34,15 @@ def get_config(arg: str = '') -> ConfigDict:
 
 
 def single(args: dict) -> ConfigDict:
-    """A dual encoder of single digits, their names and colours: whole scenes it tells apart without the digits."""
+    """A dual encoder of single digits and their names: whole scenes it tells apart without the digits."""
     stage = quickstart.pretrain(args, SIZE, TEXT)
-    stage.total = dict(steps=20 if args['smoke'] else 600)
+    stage.total = dict(steps=20 if args['smoke'] else 500)
     # Whole, not merged into the quickstart's: that one's image tower learns its position embedding.
     stage.model = dict(scan=False, image=image_tower() | dict(pool='gap'), text=stage.model.text)
-    looks = f'decode | resize({SIZE})'
-    stage.data.sources = dict(
-        digits=source(args, f'{looks} | shuffle_channels | text("reading")', weight=2.0) | dict(where=ONE),
-        # Digits read in any colour teach a tower not to see colours, and the stages after it do not bring them back.
-        colors=source(args, f'{looks} | first("objects/color", "color") | text("color")') | dict(where=ONE),
-    )
-    stage.evals.color.templates = ('{}',)
-    stage.evals = dict(digit=stage.evals.digit, color=stage.evals.color)
+    digits = stage.data.sources.digits
+    digits.where = ONE
+    stage.data.sources = dict(digits=digits)
+    stage.evals = dict(digit=stage.evals.digit)
     return stage
 
 
@@ -55,9 +51,14 @@ def pretrain(args: dict) -> ConfigDict:
     stage = single(args)
     stage.total = dict(steps=20 if args['smoke'] else 1000)
     stage.init_from = dict(stage='single')
-    captions = source(args, f'decode | resize({SIZE}) | text("caption")', weight=2.0)
-    stage.data.sources = stage.data.sources.to_dict() | dict(captions=captions)
+    looks = f'decode | resize({SIZE})'
+    stage.data.sources.update(
+        captions=source(args, f'{looks} | text("caption")'),
+        # Digits read in any colour taught the tower not to see colours, and captions alone do not bring them back.
+        colors=source(args, f'{looks} | first("objects/color", "color") | text("color")') | dict(where=ONE),
+    )
     stage.evals = quickstart.pretrain(args, SIZE, TEXT).evals
+    stage.evals.color.templates = ('{}',)
     return stage
 
 

@@ -35,7 +35,7 @@ def pretrain(args: dict, size: int = 48, text: int = 16) -> ConfigDict:
     """A dual encoder of scenes and their captions."""
     stage = base(args, size, text)
     stage.task = 'contrastive'
-    stage.total = dict(steps=20 if args['smoke'] else 1100)
+    stage.total = dict(steps=20 if args['smoke'] else 1000)
     stage.batch_size = 64
     stage.model.update(
         image=image_tower(),
@@ -77,15 +77,15 @@ def multimodal(args: dict, size: int = 48, text: int = 20) -> ConfigDict:
     """The whole of a PaliGemma on a mixture: captions, questions, boxes, reading."""
     stage = base(args, size, text)
     stage.task = 'generative'
-    stage.total = dict(steps=20 if args['smoke'] else 1300)
+    stage.total = dict(steps=20 if args['smoke'] else 1150)
     stage.batch_size = 48
     stage.model.update(image=image_tower(), decoder=decoder())
     stage.init_from = dict(stage='pretrain', parts={'img': 'img'}, fresh=('img/head/.*',))
     stage.data.sources = dict(
         caption=source(args, train_pipeline(size, CAPTION), weight=1.5),
         question=source(args, train_pipeline(size, 'question'), weight=2.0),
-        detect=source(args, train_pipeline(size, 'detect'), weight=1.0),
-        read=source(args, train_pipeline(size, f'shuffle_channels | {READ}'), weight=1.25),
+        detect=source(args, train_pipeline(size, 'detect'), weight=0.6),
+        read=source(args, train_pipeline(size, f'shuffle_channels | {READ}'), weight=1.65),
     )
     stage.optimizer = adamw(1.5e-3)
     one = dict(num_digits=1)
@@ -102,7 +102,7 @@ def transfer(args: dict, size: int = 64, text: int = 20) -> ConfigDict:
     """One task, naming colours, at a higher resolution: the position embedding is resized on the way in."""
     stage = base(args, size, text)
     stage.task = 'generative'
-    stage.total = dict(steps=20 if args['smoke'] else 150)
+    stage.total = dict(steps=20 if args['smoke'] else 100)
     stage.batch_size = 32
     stage.model.update(image=image_tower(), decoder=decoder())
     stage.init_from = dict(stage='multimodal')

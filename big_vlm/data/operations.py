@@ -10,6 +10,7 @@ which training replaces and counts, and which evaluation reports by name.
     first             a field from the first item of a column: a label
     prefix, suffix    prompt and answer, from a field or a template: suffix('{caption}')
     question          prompt and answer from the example's questions, one at random
+    dialogue          several of them, one after another in one row (training)
     detect            prompt and answer for boxes of an object, or of every digit
     tokenize          the decoder's rows from prefix and suffix
 
@@ -17,7 +18,7 @@ An example may carry `objects` (columns bbox, color, digit …) and `questions` 
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -100,19 +101,41 @@ def question(example: Example, context: 'Context', *kinds: str) -> None:
 
     With `kinds`, only of those; an example that has none is a bad one.
     """
+    _ask(example, context, 1, kinds)
+
+
+def dialogue(example: Example, context: 'Context', turns: int, *kinds: str) -> None:
+    """`question`, and in training up to `turns` of them, all different: the image is encoded once for all answers."""
+    if turns < 1:
+        raise UserError(f'dialogue({turns}): there must be at least 1 turn')
+    _ask(example, context, turns if context.train else 1, kinds)
+
+
+def _ask(example: Example, context: 'Context', turns: int, kinds: Sequence[str]) -> None:
+    """`prefix`, `suffix` and `kind` of a first question, and (prefix, suffix) of others as `more`."""
     asked = _field(example, 'questions')
     present = list(dict.fromkeys(asked['kind']))
     for kind in kinds:
         if kind not in present and kind not in scene_language.KINDS:
             raise unknown('question kind', kind, {*present, *scene_language.KINDS})
-    eligible = [kind for kind in present if not kinds or kind in kinds]
-    if not eligible:
+    left = {
+        kind: [i for i, k in enumerate(asked['kind']) if k == kind] for kind in present if not kinds or kind in kinds
+    }
+    if not left:
         raise ValueError(f'no question of kind {", ".join(kinds) or "any"} (it has {", ".join(present) or "none"})')
-    example['kind'] = eligible[context.rng.integers(len(eligible))]
-    rows = [i for i, kind in enumerate(asked['kind']) if kind == example['kind']]
-    row = rows[context.rng.integers(len(rows))]
-    example['prefix'] = _cased(asked['question'][row], context)
-    example['suffix'] = _cased(asked['answer'][row], context)
+    example['more'] = []
+    for turn in range(turns):
+        eligible = [kind for kind, rows in left.items() if rows]
+        if not eligible:
+            break
+        kind = eligible[context.rng.integers(len(eligible))]
+        row = left[kind].pop(context.rng.integers(len(left[kind])))
+        texts = _cased(asked['question'][row], context), _cased(asked['answer'][row], context)
+        if turn:
+            example['more'].append(texts)
+        else:
+            example['kind'] = kind
+            example['prefix'], example['suffix'] = texts
 
 
 def detect(example: Example, context: 'Context', what: Literal['object', 'digit'] = 'object') -> None:
@@ -145,7 +168,8 @@ def tokenize(example: Example, context: 'Context') -> None:
     encode = context.tokenizer.encode
     answer = encode(_field(example, 'suffix')) if context.train else None
     try:
-        example.update(prompts.generative_row(encode(_field(example, 'prefix')), answer, context.contract))
+        more = [(encode(prefix), encode(suffix)) for prefix, suffix in example.pop('more', ())]
+        example.update(prompts.generative_row(encode(_field(example, 'prefix')), answer, context.contract, more))
     except prompts.TooLong as error:
         if context.train:
             raise ValueError(str(error)) from error
@@ -156,7 +180,19 @@ def tokenize(example: Example, context: 'Context') -> None:
 
 OPERATIONS: dict[str, Callable[..., None]] = {
     operation.__name__: operation
-    for operation in (decode, resize, shuffle_channels, text, first, prefix, suffix, question, detect, tokenize)
+    for operation in (
+        decode,
+        resize,
+        shuffle_channels,
+        text,
+        first,
+        prefix,
+        suffix,
+        question,
+        dialogue,
+        detect,
+        tokenize,
+    )
 }
 
 
@@ -179,6 +215,7 @@ TEXTS: dict[str, Callable[..., Iterator[str]]] = {
     'prefix': lambda record, template: iter([_template(record, template)]),
     'suffix': lambda record, template: iter([_template(record, template)]),
     'question': _question_texts,
+    'dialogue': lambda record, turns, *kinds: _question_texts(record, *kinds),
     'detect': _detect_texts,
 }
 

@@ -6,7 +6,14 @@
     mask_ar    0           0             0           1              0
     mask_loss  0           0             0           1              0
 
-A row without a suffix ends after the separator: what follows is the model's to write.
+A row without a suffix ends after the separator: what follows is the model's to write. More turns about the same images
+may follow the first, each a prompt that sees itself and all before it, and its answer:
+
+    slot       prefix  separator   suffix <eos>
+    text       ids     ids         ids
+    segment    1       1           1
+    mask_ar    1 0 0 …  0          1
+    mask_loss  0       0           1
 """
 
 from collections.abc import Sequence
@@ -34,12 +41,16 @@ def contrastive_text(ids: Sequence[int], contract: Contract) -> tuple[np.ndarray
 
 
 def generative_row(
-    prefix_ids: Sequence[int], suffix_ids: Sequence[int] | None, contract: Contract
+    prefix_ids: Sequence[int],
+    suffix_ids: Sequence[int] | None,
+    contract: Contract,
+    more: Sequence[tuple[Sequence[int], Sequence[int]]] = (),
 ) -> dict[str, np.ndarray]:
     """The row of one prompt, and its answer if given, as int32 arrays [image_tokens + text_length].
 
-    `position` counts the real tokens from 0. An answer that does not fit is cut, and then has no eos. Raises TooLong (a
-    UserError) if the prompt does not fit, or leaves no slot for an answer that is given.
+    `more`: (prefix, suffix) of further turns; the first that does not fit whole ends the row. `position` counts the
+    real tokens from 0. An answer that does not fit is cut, and then has no eos. Raises TooLong (a UserError) if the
+    prompt does not fit, or leaves no slot for an answer that is given.
     """
     prompt = [contract.bos_id, *prefix_ids, *contract.separator_ids]
     answer = [] if suffix_ids is None else [*suffix_ids, contract.eos_id]
@@ -48,18 +59,29 @@ def generative_row(
             f'the prompt takes {len(prompt)} tokens of the {contract.text_length} text slots: shorten it, '
             'or raise contract.text_length'
         )
-    answer = answer[: contract.text_length - len(prompt)]
-    images, prompted = contract.image_tokens, contract.image_tokens + len(prompt)
-    used, total = prompted + len(answer), contract.image_tokens + contract.text_length
-    text = np.full(total, contract.pad_id, np.int32)
-    text[:images] = -1
-    text[images:used] = prompt + answer
-    slots = np.arange(total, dtype=np.int32)
-    real, supervised = slots < used, (slots >= prompted) & (slots < used)
+    ids = (prompt + answer)[: contract.text_length]
+    answered = len(ids) - len(prompt)
+    starts, supervised = [0] * len(prompt) + [1] * answered, [0] * len(prompt) + [1] * answered
+    for prefix, suffix in more:
+        prompt, answer = [*prefix, *contract.separator_ids], [*suffix, contract.eos_id]
+        if len(ids) + len(prompt) + len(answer) > contract.text_length:
+            break
+        ids += prompt + answer
+        starts += [1] + [0] * (len(prompt) - 1) + [1] * len(answer)
+        supervised += [0] * len(prompt) + [1] * len(answer)
+    images, total = contract.image_tokens, contract.image_tokens + contract.text_length
+
+    def row(values: Sequence[int], image: int, padding: int) -> np.ndarray:
+        made = np.full(total, padding, np.int32)
+        made[:images] = image
+        made[images : images + len(values)] = values
+        return made
+
+    segment = row([1] * len(ids), 1, 0)
     return {
-        'text': text,
-        'segment': real.astype(np.int32),
-        'position': np.where(real, slots, 0),
-        'mask_ar': supervised.astype(np.int32),
-        'mask_loss': supervised.astype(np.int32),
+        'text': row(ids, -1, contract.pad_id),
+        'segment': segment,
+        'position': np.arange(total, dtype=np.int32) * segment,
+        'mask_ar': row(starts, 0, 0),
+        'mask_loss': row(supervised, 0, 0),
     }

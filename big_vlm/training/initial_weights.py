@@ -147,6 +147,20 @@ def make(init: InitFrom, bundles: Mapping[str, pathlib.Path], where: str) -> Cal
     return load
 
 
+def overwritten(init: InitFrom, bundles: Mapping[str, pathlib.Path], shapes: Any, where: str) -> set[str]:
+    """The paths of the parameters, of these `shapes`, that `make` replaces whole, whatever they were."""
+    if not (init.stage or init.path):
+        return set()
+    stored = _shapes(init, _folder(init, bundles))
+    paths = set()
+    for ours, theirs, wanted in _parts(init, trees.flat(shapes), f'{where}.init_from'):
+        found = _below(theirs, stored)
+        for path, leaf in wanted.items():
+            if not _without_locations(_join(ours, path), leaf, found[path]):
+                paths.add(_join(ours, path))
+    return paths
+
+
 def _load(
     init: InitFrom, folder: pathlib.Path, ours: str, theirs: str, wanted: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:

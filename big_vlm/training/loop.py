@@ -7,7 +7,7 @@ keys and the schedules follow from the step alone.
 import contextlib
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -64,6 +64,7 @@ def train(
     examples_per_epoch: int | None = None,
     evaluate: Callable[[str, int, TrainState], Mapping[str, float]] | None = None,
     initial_params: Callable[[Any], Any] | None = None,
+    overwritten: Collection[str] = (),
     extra: dict[str, Any] | None = None,
     where: str = 'config',
 ) -> TrainState:
@@ -81,6 +82,7 @@ def train(
       evaluate: (name in `stage.evals`, step, state) → metrics; called when due, before the state is saved. A step that
         was evaluated before the checkpoint is not evaluated again on restart.
       initial_params: fresh parameters → those to start from, placed alike. Not called when a checkpoint is there.
+      overwritten: paths of the parameters that `initial_params` makes no use of; they reach it as zeros.
       extra: goes into every checkpoint and must be found unchanged in the one that the run goes on from.
       where: the stage's dotted key, for errors.
 
@@ -103,7 +105,7 @@ def train(
     )
     extra = {**(extra or {}), 'seed': stage.seed, 'batch_size': stage.batch_size}
     with Checkpointer(pathlib.Path(workdir) / 'checkpoints', stage.checkpoint.keep) as saver, signals.catch() as stop:
-        state, evaluated, replaced = _start(stage, task, tx, mesh, saver, initial_params, extra)
+        state, evaluated, replaced = _start(stage, task, tx, mesh, saver, initial_params, overwritten, extra)
         first = int(state.step)
         train_step = steps.make_train_step(task, tx, info, mesh, state, stage.seed, ema_decay=stage.optimizer.ema_decay)
         log = _Log(writers, throughput.Meter(stage.batch_size, task.flops_per_example, throughput.peak_flops(mesh)))
@@ -145,6 +147,7 @@ def _start(
     mesh: Mesh,
     saver: Checkpointer,
     initial_params: Callable[[Any], Any] | None,
+    overwritten: Collection[str],
     extra: dict[str, Any],
 ) -> tuple[TrainState, int | None, int]:
     """(state, the step if it comes from a checkpoint that was evaluated when it was saved, images replaced so far)."""
@@ -159,7 +162,7 @@ def _start(
                 f'{extra[key]!r}: keep it as it was, or choose another workdir'
             )
         return state, int(state.step) if stored[EVALUATED] else None, stored[REPLACED]
-    state = steps.init_state(task, tx, mesh, stage.seed, ema=ema)
+    state = steps.init_state(task, tx, mesh, stage.seed, ema=ema, zeros=overwritten)
     if initial_params is not None:
         params = initial_params(state.params)
         averages = jax.tree.map(jax.numpy.copy, params) if ema else None

@@ -6,7 +6,7 @@ import itertools
 import json
 import pathlib
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -100,6 +100,7 @@ def _similarity(model: Bundle, stage: Stage) -> report.Similarity | None:
 
 def _talk(model: Bundle, stage: Stage, folder: pathlib.Path, drawn: dict[str, Any]) -> None:
     """The first answers of every generative evaluation, as it stored them, and the attention of some of them."""
+    attend = jax.jit(model.task.predict['attention'])
     for name, settings in stage.evals.items():
         file = folder / f'predictions_{name}.jsonl'
         if settings.kind != 'generation' or not file.is_file():
@@ -116,7 +117,7 @@ def _talk(model: Bundle, stage: Stage, folder: pathlib.Path, drawn: dict[str, An
             note = f'IoU {score:.2f}' if len(true) else ''
             drawn['answers'].append(report.Answer(image, prompt, answer, truth, bool(score >= 0.5), found, true, note))
             if len(drawn['attention']) < 3 and entry is said[0]:
-                drawn['attention'].append(_attention(model, image, prompt, answer))
+                drawn['attention'].append(_attention(model, attend, image, prompt, answer))
             if drawn['patches'] is None:
                 size = model.task.model.img.sizes['patch_size']
                 side = model.contract.image_size // size
@@ -127,7 +128,9 @@ def _boxes(text: str) -> np.ndarray:
     return np.array([box for box, _ in coordinates.text_to_boxes(text)], np.float64).reshape(-1, 4)
 
 
-def _attention(model: Bundle, image: np.ndarray, prompt: str, answer: str) -> report.Attention:
+def _attention(
+    model: Bundle, attend: Callable[..., jax.Array], image: np.ndarray, prompt: str, answer: str
+) -> report.Attention:
     """What the query that predicts each token of the answer pays to each patch, averaged over layers and heads."""
     contract = model.contract
     ids = model.tokenizer.encode(answer)[:12]
@@ -135,7 +138,7 @@ def _attention(model: Bundle, image: np.ndarray, prompt: str, answer: str) -> re
     row = prompts.generative_row(prefix, ids, contract)
     batch = {key: value[None] for key, value in row.items()}
     batch |= {'image': image[None, None], 'image_mask': np.ones((1, 1), bool)}
-    weights = np.asarray(jax.jit(model.task.predict['attention'])(model.params, batch))[:, 0].mean(axis=(0, 1))
+    weights = np.asarray(attend(model.params, batch))[:, 0].mean(axis=(0, 1))
     start = int(row['segment'].sum() - row['mask_loss'].sum()) - 1
     count = min(len(ids), int(row['mask_loss'].sum()))
     side = round(contract.image_tokens**0.5)

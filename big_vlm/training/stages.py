@@ -184,6 +184,7 @@ def run_stage(
             examples_per_epoch=examples,
             evaluate=evaluate,
             initial_params=initial_weights.make(stage.init_from, bundles, where),
+            overwritten=initial_weights.overwritten(stage.init_from, bundles, shapes, where),
             extra={'contract': contract.to_dict()},
             where=where,
         )

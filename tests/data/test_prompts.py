@@ -52,6 +52,23 @@ def test_a_long_answer_is_cut_and_loses_its_eos():
     assert exact['text'][-4:] == [60, 61, 62, EOS]
 
 
+def test_more_turns_follow_in_the_same_row():
+    contract = dataclasses.replace(CONTRACT, text_length=14)
+    more = [([52, 53], [61]), ([54], [62, 63, 64])]
+    assert rows(prompts.generative_row([50, 51], [60], contract, more)) == {
+        #             image        bos  prefix  sep  suffix eos  prefix  sep  suffix eos  the third does not fit
+        'text': [-1, -1, -1, BOS, 50, 51, NEWLINE, 60, EOS, 52, 53, NEWLINE, 61, EOS, PAD, PAD, PAD],
+        'segment': [1] * 14 + [0] * 3,
+        'position': [*range(14), 0, 0, 0],
+        'mask_ar': [0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 1, 1, 0, 0, 0],
+        'mask_loss': [0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 0, 0, 0],
+    }
+    # A first turn that fills the row, and one that is cut, leave no room for others.
+    for suffix in ([60] * 10, [60] * 9):
+        alone, followed = (rows(prompts.generative_row([50, 51], suffix, contract, m)) for m in ((), more))
+        assert alone == followed
+
+
 def test_a_long_prompt_is_an_error():
     assert prompts.generative_row([50] * 6, None, CONTRACT)['segment'].sum() == 11
     with pytest.raises(UserError, match='the prompt takes 9 tokens of the 8 text slots'):

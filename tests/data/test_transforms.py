@@ -135,6 +135,26 @@ def test_questions_are_drawn_by_the_examples_own_seed(free, tokenizer):
     assert [e['prefix'] for e in again] == [e['prefix'] for e in drawn]
 
 
+def test_a_dialogue_asks_several_questions_in_one_row(free, tokenizer):
+    record = next(r for r in free if len(r['questions']['kind']) > 6)
+    pairs = dict(zip(record['questions']['question'], record['questions']['answer'], strict=True))
+    several, one = (transforms.parse(text, where='') for text in ('dialogue(4)', 'question'))
+    for seed in range(20):
+        context = make_context(tokenizer, seed=(seed,))
+        example, alone = several(record, context), one(record, make_context(tokenizer, seed=(seed,)))
+        turns = [(example['prefix'], example['suffix']), *example['more']]
+        assert turns[0] == (alone['prefix'], alone['suffix']) and example['kind'] == alone['kind']
+        assert len({question for question, _ in turns}) == 4
+        assert all(pairs[question] == answer for question, answer in turns)
+    assert several(record, make_context(tokenizer, train=False))['more'] == []
+    every = transforms.parse('dialogue(99)', where='')(record, make_context(tokenizer))
+    assert 1 + len(every['more']) == len(pairs)
+    row = transforms.parse('dialogue(2) | tokenize', where='')(record | {'image': np.zeros((4, 4, 3))}, context)
+    assert row['mask_loss'].sum() > 2 and np.count_nonzero(np.diff(row['mask_loss']) == 1) == 2
+    with pytest.raises(UserError, match='at least 1 turn'):
+        transforms.parse('dialogue(0)', where='')(record, context)
+
+
 def test_questions_by_kind(free, tokenizer):
     pipeline = transforms.parse("question('which', 'where')", where='')
     record = next(r for r in free if {'which', 'where'} <= set(r['questions']['kind']))

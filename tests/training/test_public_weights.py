@@ -51,8 +51,11 @@ def test_a_dual_encoder_whole(tmp_path, source):
     if source == 'bundle':
         path = tmp_path / 'bundle'
         bundle.convert(SIGLIP, path)
-    fresh, first = loaded(*stage_of(model, path=str(path)))
+    stage, task = stage_of(model, path=str(path))
+    fresh, first = loaded(stage, task)
     table = 'txt/Embed_0/embedding'
+    shapes = steps.param_shapes(task)
+    assert initial_weights.overwritten(stage.init_from, {}, shapes, 'config') == set(first) - {table}
     assert first[table].shape == (300 + 1152, 24)
     np.testing.assert_array_equal(first[table][:300], model.weights.read(table))
     np.testing.assert_array_equal(first[table][300:], fresh[table][300:])

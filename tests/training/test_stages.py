@@ -121,6 +121,8 @@ def test_a_stage_starts_from_the_earlier_ones_weights(micro_run, tiny_digit_scen
     assert len(taken) > 10
     for path in first:
         np.testing.assert_array_equal(first[path], stored[path] if path in taken else 7, err_msg=path)
+    bundles = {'pretrain': micro_run / 'pretrain' / 'bundle'}
+    assert initial_weights.overwritten(stage.init_from, bundles, shapes, 'config.multimodal') == set(taken)
 
 
 def test_the_position_embedding_is_resized_to_another_resolution(micro_run, tiny_digit_scenes):

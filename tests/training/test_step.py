@@ -110,6 +110,16 @@ def test_the_state_stays_where_it_was_put_and_is_donated():
     assert metrics['loss'].sharding.is_fully_replicated
 
 
+def test_what_is_to_be_overwritten_is_not_drawn():
+    task, mesh = Linear(), one_device()
+    tx, _ = optimizer.make(Optimizer(), 10, step.param_shapes(task))
+    whole, some = (step.init_state(task, tx, mesh, 3, ema=True, zeros=zeros) for zeros in ((), ('layer/w',)))
+    for path, leaf in trees.flat(whole).items():
+        assert np.any(leaf) or not path.endswith('layer/w') or path.startswith('opt_state')
+        expected = np.zeros_like(leaf) if path.endswith('layer/w') else leaf
+        np.testing.assert_array_equal(trees.flat(some)[path], expected, err_msg=path)
+
+
 def test_random_keys_follow_from_seed_and_step():
     noise = [
         [m['loss'] for m in run(Optimizer(lr=0.0), one_device(), Linear(noise=1.0), steps=3, seed=seed)[1]]

@@ -2,7 +2,8 @@
 
 The sigmoid loss is a sum over (image, text) pairs, so it splits into blocks, and each block's gradient is known as soon
 as its logits are. The ring uses both facts: every device keeps its own images, the text chunks travel from device to
-device, and the gradients are computed in the forward pass. No device ever holds more than one [b, b] block.
+device, and the gradients are computed in the forward pass. A device holds the logits of one tile of images and one
+chunk of texts at a time.
 
 Letters: B global batch, b = B / devices, E embedding width.
 """
@@ -27,6 +28,7 @@ def sigmoid_loss(
     form: str = 'dense',
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
     axes: Sequence[str] = ('data', 'fsdp'),
+    tile: int = 0,
 ) -> jax.Array:
     """Pairwise sigmoid loss: the sum of −log σ(±logit) over all B² pairs, divided by B.
 
@@ -42,6 +44,8 @@ def sigmoid_loss(
       form: 'dense' builds the [B, B] logits; 'ring' exchanges text chunks between the devices of `axes`.
       mesh: ring only; None takes the mesh of the surrounding `jax.set_mesh`.
       axes: ring only; mesh axes the batch is sharded over, walked as one ring. Other axes repeat the computation.
+      tile: ring only; images whose logits a device holds at once. 0: as many as make those logits no larger than the
+        text gradients that travel, E rounded down to a multiple of 128. It need not divide B.
 
     Returns:
       float32 scalar.
@@ -58,7 +62,7 @@ def sigmoid_loss(
         return _dense(zimg, ztxt, t, b)
     if form == 'ring':
         mesh, axes = _check_ring(zimg.shape[0], mesh, tuple(axes))
-        return _ring(zimg, ztxt, t, b, mesh, axes)
+        return _ring(zimg, ztxt, t, b, mesh, axes, tile or _default_tile(zimg.shape[1]))
     raise unknown('form of the sigmoid loss', form, ('dense', 'ring'))
 
 
@@ -92,18 +96,18 @@ def _dense(zimg, ztxt, t, b):
 
 
 # The custom_vjp stands outside the shard_map: the backward pass is then plain scaling of global arrays.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _ring(zimg, ztxt, t, b, mesh, axes):
-    walk = functools.partial(_walk_value, axes=axes, ring=_size(mesh, axes))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _ring(zimg, ztxt, t, b, mesh, axes, tile):
+    walk = functools.partial(_walk_value, axes=axes, ring=_size(mesh, axes), tile=tile)
     return _on_ring(walk, mesh, axes, P())(zimg, ztxt, t, b)
 
 
-def _ring_forward(zimg, ztxt, t, b, mesh, axes):
-    walk = functools.partial(_walk_value_and_grads, axes=axes, ring=_size(mesh, axes))
+def _ring_forward(zimg, ztxt, t, b, mesh, axes, tile):
+    walk = functools.partial(_walk_value_and_grads, axes=axes, ring=_size(mesh, axes), tile=tile)
     return _on_ring(walk, mesh, axes, (P(), (P(axes), P(axes), P(), P())))(zimg, ztxt, t, b)
 
 
-def _ring_backward(mesh, axes, grads, cotangent):
+def _ring_backward(mesh, axes, tile, grads, cotangent):
     return tuple((cotangent * g.astype(jnp.float32)).astype(g.dtype) for g in grads)
 
 
@@ -114,42 +118,44 @@ def _on_ring(walk, mesh, axes, out_specs):
     return jax.shard_map(walk, mesh=mesh, in_specs=(P(axes), P(axes), P(), P()), out_specs=out_specs)
 
 
-def _walk_value(zimg, ztxt, t, b, *, axes, ring):
-    """The loss alone, for evaluation: one matmul a hop. zimg, ztxt: this device's [b, E]."""
+def _walk_value(zimg, ztxt, t, b, *, axes, ring, tile):
+    """The loss alone, for evaluation: one matmul a tile. zimg, ztxt: this device's [b, E]."""
     scale = jnp.exp(t)
     loss, _ = _positives(zimg, ztxt, scale, b)
     for_next = _send(ztxt, axes, ring)
-    loss += jnp.sum(_softplus_rows(_negatives(zimg, ztxt, scale, b, home=True)))
+    loss += _block_loss(zimg, ztxt, scale, b, axes, tile, home=True)
 
     def hop(_, carry):
         loss, text = carry
         for_next = _send(text, axes, ring)
-        return loss + jnp.sum(_softplus_rows(_negatives(zimg, text, scale, b, home=False))), for_next
+        return loss + _block_loss(zimg, text, scale, b, axes, tile, home=False), for_next
 
     loss, _ = jax.lax.fori_loop(1, ring, hop, (loss, for_next))
     return jax.lax.psum(loss, axes) / (zimg.shape[0] * ring)
 
 
-def _walk_value_and_grads(zimg, ztxt, t, b, *, axes, ring):
+def _walk_value_and_grads(zimg, ztxt, t, b, *, axes, ring, tile):
     """The loss and its gradients. zimg, ztxt: this device's [b, E].
 
     The next text chunk is requested before the current block is computed, and the gradient of a text chunk follows one
-    hop behind the chunk, so that both transfers run beside the matmuls. The last hop stands outside the loop: its text
-    gradient can go home while its image gradient is still being computed.
+    hop behind the chunk, so that both transfers run beside the matmuls. Half of the home block waits until the end: it
+    is computed while the text gradients travel the last hop home.
     """
     scale = jnp.exp(t)
+    half = -(-zimg.shape[0] // 2) if ring > 1 else zimg.shape[0]
+    block = functools.partial(_block, scale=scale, b=b, axes=axes, tile=tile)
 
     loss, weight = _positives(zimg, ztxt, scale, b)
     text = _send(ztxt, axes, ring)
-    block_loss, dimg, dtxt, dbias = _block(zimg, ztxt, scale, b, home=True)
+    block_loss, dimg_top, dtxt, dbias = block(zimg[:half], ztxt, first=0)
     loss += block_loss
-    dimg += weight[:, None] * ztxt.astype(jnp.float32)
+    dimg = weight[:, None] * ztxt.astype(jnp.float32)
     dtxt += weight[:, None] * zimg.astype(jnp.float32)
     dbias += jnp.sum(weight)
 
     def hop(text, loss, dimg, dtxt, dbias):
         arrived = _send(dtxt, axes, ring)
-        block_loss, block_dimg, block_dtxt, block_dbias = _block(zimg, text, scale, b, home=False)
+        block_loss, block_dimg, block_dtxt, block_dbias = block(zimg, text)
         return loss + block_loss, dimg + block_dimg, arrived + block_dtxt, dbias + block_dbias
 
     def hop_and_request(_, carry):
@@ -161,6 +167,12 @@ def _walk_value_and_grads(zimg, ztxt, t, b, *, axes, ring):
         carry = (text, loss, dimg, dtxt, dbias)
         loss, dimg, dtxt, dbias = hop(*jax.lax.fori_loop(1, ring - 1, hop_and_request, carry))
         dtxt = _send(dtxt, axes, ring)
+    if half < zimg.shape[0]:
+        block_loss, dimg_bottom, block_dtxt, block_dbias = block(zimg[half:], ztxt, first=half)
+        loss, dtxt, dbias = loss + block_loss, dtxt + block_dtxt, dbias + block_dbias
+        dimg += jnp.concatenate([dimg_top, dimg_bottom])
+    else:
+        dimg += dimg_top
 
     # Scaled last: σ(−80) times an embedding's entry times 1/B is near the smallest float32.
     batch = zimg.shape[0] * ring
@@ -180,21 +192,61 @@ def _positives(zimg, ztxt, scale, b):
     return jnp.sum(jax.nn.softplus(-logits)), -jax.nn.sigmoid(-logits)
 
 
-def _block(zimg, ztxt, scale, b, *, home):
-    """Loss and unscaled gradients of the negatives among b images and b texts, all float32."""
-    logits = _negatives(zimg, ztxt, scale, b, home=home)
-    weight = jax.nn.sigmoid(logits)
-    rounded = weight.astype(zimg.dtype)
-    dimg = _matmul('BC,CE->BE', rounded, ztxt)
-    dtxt = _matmul('BC,BE->CE', rounded, zimg)
-    return jnp.sum(_softplus_rows(logits)), dimg, dtxt, jnp.sum(jnp.sum(weight, axis=1))
+def _block(zimg, ztxt, *, scale, b, axes, tile, first=None):
+    """Loss and unscaled gradients of the negatives among R images and C texts, all float32, `tile` images at a time.
+
+    `first`: of the home block, the text that image 0 belongs to; None where all pairs are negatives.
+    """
+
+    def step(sums, images, start):
+        loss, dtxt, dbias = sums
+        logits = _negatives(images, ztxt, scale, b, None if first is None else first + start)
+        weight = jax.nn.sigmoid(logits)
+        rounded = weight.astype(zimg.dtype)
+        dimg = _matmul('RC,CE->RE', rounded, ztxt)
+        dtxt += _matmul('RC,RE->CE', rounded, images)
+        return (loss + jnp.sum(_softplus_rows(logits)), dtxt, dbias + jnp.sum(jnp.sum(weight, axis=1))), dimg
+
+    zero = jnp.float32(0), jnp.zeros(ztxt.shape, jnp.float32), jnp.float32(0)
+    (loss, dtxt, dbias), dimg = _tiled(step, zero, zimg, axes, tile)
+    return loss, dimg, dtxt, dbias
 
 
-def _negatives(zimg, ztxt, scale, b, *, home):
-    """Logits [b, b]; on the home block the diagonal, which holds the positives, is −inf: no loss and no gradient."""
-    logits = _matmul('BE,CE->BC', zimg, ztxt) * scale + b
-    if home:
-        logits = jnp.where(jnp.eye(zimg.shape[0], dtype=bool), -jnp.inf, logits)
+def _block_loss(zimg, ztxt, scale, b, axes, tile, *, home):
+    def step(loss, images, start):
+        return loss + jnp.sum(_softplus_rows(_negatives(images, ztxt, scale, b, start if home else None))), None
+
+    return _tiled(step, jnp.float32(0), zimg, axes, tile)[0]
+
+
+def _tiled(step, sums, rows, axes, tile):
+    """Folds `step(sums, rows[start : start + tile], start) -> (sums, out)` over the rows; the last tile may be shorter.
+
+    Returns (sums, the outs one below the other).
+    """
+    whole = rows.shape[0] // tile * tile
+    outs = []
+    if whole > tile:
+        starts = jnp.arange(0, whole, tile)
+        tiles = rows[:whole].reshape(-1, tile, rows.shape[1])
+        # What a device adds up is its own, and a loop's carry has to say so from the start.
+        sums = jax.lax.pcast(sums, axes, to='varying')
+        sums, out = jax.lax.scan(lambda sums, x: step(sums, *x), sums, (tiles, starts))
+        outs.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out))
+    else:
+        whole = 0
+    for start in range(whole, rows.shape[0], tile):
+        sums, out = step(sums, rows[start : start + tile], start)
+        outs.append(out)
+    return sums, jax.tree.map(lambda *x: jnp.concatenate(x) if len(x) > 1 else x[0], *outs)
+
+
+def _negatives(zimg, ztxt, scale, b, first):
+    """Logits [R, C]; where image i belongs to text `first` + i, the pair is −inf: no loss and no gradient."""
+    logits = _matmul('RE,CE->RC', zimg, ztxt) * scale + b
+    if first is not None:
+        image, text = (jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis) for axis in (0, 1))
+        logits = jnp.where(text == first + image, -jnp.inf, logits)
     return logits
 
 
@@ -214,6 +266,10 @@ def _matmul(equation, x, y):
     # HIGHEST concerns float32 only, which TPUs and GPUs would otherwise round to bfloat16 or TF32.
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _default_tile(width):
+    return max(width // 128 * 128, 128)
 
 
 def _size(mesh, axes):

@@ -83,6 +83,18 @@ def test_ring_equals_dense_equals_float64(sizes, t, b):
     assert_close(ring, dense)
 
 
+@pytest.mark.parametrize('sizes', [(2, 2, 1), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize('tile', [1, 3, 5, 8, 13, 64])
+def test_tiles_of_any_size(sizes, tile):
+    """Whole tiles, a shorter last one, one for all: the home block of 11 or 44 images is cut in half besides."""
+    rng = np.random.default_rng(3)
+    args = unit(rng, 44, 40), unit(rng, 44, 40), *(np.float32(x) for x in INITIAL)
+    kwargs = dict(form='ring', mesh=make_mesh(sizes), tile=tile)
+    assert_close(value_and_grads(*args, **kwargs), oracle(*args))
+    loss = jax.jit(lambda *a: sigmoid_loss(*a, **kwargs))(*args)
+    np.testing.assert_allclose(loss, oracle(*args)[0], rtol=1e-5)
+
+
 @pytest.mark.parametrize('sizes', MESHES, ids=str)
 def test_value_without_gradients(sizes):
     rng = np.random.default_rng(1)

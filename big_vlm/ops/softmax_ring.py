@@ -1,0 +1,117 @@
+"""The softmax loss as a ring with an online log-sum-exp: no device ever holds the matrix of all pairs.
+
+A pair's gradient needs its image's and its text's sums over all pairs, so there are two walks: the forward pass gathers
+the sums (one matrix product a block), the backward pass computes the gradients from them (three).
+
+With the positives apart, a row's loss is softplus(margin), margin = log Σ exp(negatives − positive): exact where a
+learned model leaves only the smallest of losses, and where logits are so large that a log-sum-exp would round them.
+
+Letters: B global batch, b = B / devices, R images of a tile, C = b texts, E embedding width.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from big_vlm.ops import pair_logits, ring
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def softmax_ring(
+    zimg: jax.Array,
+    ztxt: jax.Array,
+    t: jax.Array,
+    weights: tuple[float, float],
+    mesh: ring.Mesh,
+    axes: tuple[str, ...],
+    tile: int,
+) -> jax.Array:
+    """`contrastive.softmax_loss`, float32 scalar, of checked arguments.
+
+    Args:
+      zimg, ztxt: [B, E] of one dtype; B is divisible by the devices of `axes`.
+      t: float32 scalar.
+      weights: of image → text and of text → image; they sum to 1.
+      mesh, axes: the devices around which texts travel.
+      tile: images whose logits a device holds at once.
+    """
+    return _forward(zimg, ztxt, t, weights, mesh, axes, tile)[0]
+
+
+def _forward(zimg, ztxt, t, weights, mesh, axes, tile):
+    function = functools.partial(_value, _walk(mesh, axes, tile), axes, weights)
+    specs = dict(in_specs=(P(axes), P(axes), P()), out_specs=(P(), (P(axes), P(axes))))
+    loss, margins = jax.shard_map(function, mesh=mesh, **specs)(zimg, ztxt, t)
+    return loss, (zimg, ztxt, t, margins)
+
+
+def _backward(weights, mesh, axes, tile, saved, cotangent):
+    function = functools.partial(_grads, _walk(mesh, axes, tile), axes, weights)
+    specs = dict(in_specs=(P(axes), P(axes), P(), (P(axes), P(axes)), P()), out_specs=(P(axes), P(axes), P()))
+    return jax.shard_map(function, mesh=mesh, **specs)(*saved, cotangent)
+
+
+softmax_ring.defvjp(_forward, _backward)
+
+
+def _walk(mesh, axes, tile):
+    return functools.partial(ring.walk, axes=axes, devices=ring.size(mesh, axes), tile=tile)
+
+
+def _value(walk, axes, weights, zimg, ztxt, t):
+    """(loss, margins of each image and of each text, float32 [b]). zimg, ztxt: this device's [b, E]."""
+    scale = jnp.exp(t)
+
+    def visit(images, texts, first):
+        logits = pair_logits.negatives(images, texts, scale, 0.0, first)
+        return _largest_and_sum(logits, axis=1), _largest_and_sum(logits, axis=0)
+
+    empty = jnp.full(zimg.shape[0], pair_logits.NO_PAIR), jnp.zeros(zimg.shape[0])
+    sums = walk(visit, _merge, images=zimg, texts=ztxt, start=(empty, empty))
+    positives = pair_logits.positives(zimg, ztxt, scale, 0.0)
+    margins = tuple((largest - positives) + jnp.log(total) for largest, total in sums)
+    losses = sum(weight * jax.nn.softplus(margin) for weight, margin in zip(weights, margins, strict=True))
+    return jax.lax.pmean(jnp.mean(losses), axes), margins
+
+
+def _largest_and_sum(logits, axis):
+    largest = jnp.max(logits, axis=axis)
+    return largest, jnp.sum(jnp.exp(logits - jnp.expand_dims(largest, axis)), axis=axis)
+
+
+def _merge(x, y):
+    """Of two (largest, Σ exp(logit − largest)), or of a pair of those. The largest is exact, so only sums round."""
+    if isinstance(x[0], tuple):
+        return tuple(map(_merge, x, y))
+    largest = jnp.maximum(x[0], y[0])
+    return largest, sum(total * jnp.exp(own - largest) for own, total in (x, y))
+
+
+def _grads(walk, axes, weights, zimg, ztxt, t, margins, cotangent):
+    """Gradients by zimg, ztxt, t, times the cotangent. margins: as `_value` returns them."""
+    scale = jnp.exp(t)
+    positives = pair_logits.positives(zimg, ztxt, scale, 0.0)
+    # A negative's probability is exp(logit − positive − loss).
+    image_loss, text_loss = (jax.nn.softplus(margin) for margin in margins)
+    image_weight, text_weight = weights
+
+    def visit(images, texts, first):
+        (images, image_positives, image_loss), (texts, text_positives, text_loss) = images, texts
+        logits = pair_logits.negatives(images, texts, scale, 0.0, first)
+        from_image = jnp.exp((logits - image_positives[:, None]) - image_loss[:, None])
+        from_text = jnp.exp((logits - text_positives) - text_loss)
+        weight = (image_weight * from_image + text_weight * from_text).astype(images.dtype)
+        return pair_logits.matmul('RC,CE->RE', weight, texts), pair_logits.matmul('RC,RE->CE', weight, images)
+
+    zeros = jnp.zeros(zimg.shape)
+    images, texts = (zimg, positives, image_loss), (ztxt, positives, text_loss)
+    dimg, dtxt = walk(visit, ring.add, images=images, texts=texts, start=(zeros, zeros))
+
+    weight = -sum(share * jax.nn.sigmoid(margin) for share, margin in zip(weights, margins, strict=True))
+    dimg += weight[:, None] * ztxt.astype(jnp.float32)
+    dtxt += weight[:, None] * zimg.astype(jnp.float32)
+    dt = jax.lax.pmean(jnp.mean(pair_logits.rowwise_dot(zimg, dimg)), axes) * scale * cotangent
+    batch_scale = scale * cotangent / (zimg.shape[0] * jax.lax.axis_size(axes))
+    return (dimg * batch_scale).astype(zimg.dtype), (dtxt * batch_scale).astype(ztxt.dtype), dt

@@ -117,9 +117,10 @@ class Model:
     projector: Literal['linear', 'pooled', 'cls'] = 'linear'  # generative: every patch, averages (Gemma 3), one token
     image_tokens: Count = 0  # generative: to which 'pooled' averages the patches of an image, a square; 0: 256
     embed_dim: Count = 0  # contrastive: joint embedding width; 0: the image tower's
-    init_t: float = math.log(10.0)  # contrastive: log of the logit scale at init
-    init_b: float = -10.0  # contrastive: logit bias at init
-    loss: str = 'sigmoid'  # contrastive loss
+    init_t: float = math.log(10.0)  # contrastive: log of the logit scale at init; CLIP's is log(1 / 0.07)
+    init_b: float = -10.0  # contrastive: logit bias at init; the softmax loss has none and leaves it there
+    loss: str = 'sigmoid'  # contrastive: 'sigmoid' (SigLIP) or 'softmax' (CLIP)
+    direction: Literal['both', 'image_to_text', 'text_to_image'] = 'both'  # softmax: which has to find the other
     loss_form: Literal['dense', 'ring'] = 'dense'  # whole matrix of pairs, or blocks that travel around the devices
     average: Literal['example', 'token'] = 'example'  # generative loss: mean per example then batch, or over all tokens
     dtype: Literal['float32', 'bfloat16'] = 'float32'  # of activations and matmuls; parameters are float32
@@ -224,6 +225,7 @@ class Stage:
     task: Literal['contrastive', 'generative']
     total: Duration = Duration()  # how long; required
     batch_size: Positive = 64  # global, examples
+    accumulate: Positive = 1  # micro-batches of a step: less memory, the same update
     seed: Count = 0  # of the init, the data order and dropout
     mesh: Mesh = Mesh()
     contract: Contract = Contract()

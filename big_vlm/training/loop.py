@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from big_vlm.checkpoints import Checkpointer
 from big_vlm.config import Stage, UserError
 from big_vlm.sharding import mesh as meshes
-from big_vlm.training import optimizer, schedules, signals, throughput
+from big_vlm.training import accumulation, optimizer, schedules, signals, throughput
 from big_vlm.training import step as steps
 from big_vlm.training.state import TrainState
 
@@ -94,7 +94,7 @@ def train(
       Interrupted: after SIGTERM or Ctrl-C, once the state is saved.
     """
     total = total_steps(stage, examples_per_epoch, where)
-    meshes.check_batch(mesh, stage.batch_size)
+    accumulation.check(mesh, stage.batch_size, stage.accumulate)
     tx, info = optimizer.make(
         stage.optimizer,
         total,
@@ -107,7 +107,8 @@ def train(
     with Checkpointer(pathlib.Path(workdir) / 'checkpoints', stage.checkpoint.keep) as saver, signals.catch() as stop:
         state, evaluated, replaced = _start(stage, task, tx, mesh, saver, initial_params, overwritten, extra)
         first = int(state.step)
-        train_step = steps.make_train_step(task, tx, info, mesh, state, stage.seed, ema_decay=stage.optimizer.ema_decay)
+        options = dict(accumulate=stage.accumulate, ema_decay=stage.optimizer.ema_decay)
+        train_step = steps.make_train_step(task, tx, info, mesh, state, stage.seed, **options)
         log = _Log(writers, throughput.Meter(stage.batch_size, task.flops_per_example, throughput.peak_flops(mesh)))
         writers.rewind(first)
         source = iter(batches(first)) if first < total else iter(())

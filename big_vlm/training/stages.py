@@ -29,7 +29,7 @@ from big_vlm.data.coordinates import NUM_LOCATIONS, NUM_SEGMENTS
 from big_vlm.data.tokenizer import Tokenizer
 from big_vlm.reports import writers
 from big_vlm.sharding import mesh as meshes
-from big_vlm.training import evaluation, initial_weights, loop, optimizer
+from big_vlm.training import accumulation, evaluation, initial_weights, loop, optimizer
 from big_vlm.training import step as steps
 
 _SCORES = 'evals.json'
@@ -56,7 +56,7 @@ def check(stages: Mapping[str, Stage]) -> None:
         evaluation.check(stage, where)
         with config.located(where):
             mesh = _mesh(stage)
-            meshes.check_batch(mesh, stage.batch_size)
+            accumulation.check(mesh, stage.batch_size, stage.accumulate)
             shapes[name] = steps.param_shapes(tasks.make(stage, _draft_contract(stage, vocab_sizes[name]), mesh))
         # How long an epoch is shows only in the data.
         epochs = bool(stage.total.epochs)

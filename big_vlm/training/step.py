@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from big_vlm.checkpoints import trees
 from big_vlm.sharding import rules
+from big_vlm.training import accumulation
 from big_vlm.training.optimizer import Info, global_norm
 from big_vlm.training.state import TrainState
 
@@ -66,6 +67,7 @@ def make_train_step(
     state: TrainState,
     seed: int,
     *,
+    accumulate: int = 1,
     ema_decay: float = 0.0,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """(state, batch) → (state, metrics), compiled. The state that goes in is donated: use the one that comes out.
@@ -76,6 +78,7 @@ def make_train_step(
       mesh: of the state.
       state: a state or an abstract one; its shardings are those of the result.
       seed: of the step's random key, `fold_in(seed, step)`.
+      accumulate: micro-batches that a batch is computed in, see `accumulation`.
       ema_decay: of `state.ema`, where the state has one.
 
     Returns:
@@ -83,8 +86,11 @@ def make_train_step(
         what is trained, before clipping), update_norm and param_norm.
     """
 
+    value_and_grad = accumulation.value_and_grad(task, accumulate)
+
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        return _step(task, tx, info, state, batch, jax.random.fold_in(jax.random.key(seed), state.step), ema_decay)
+        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        return _step(value_and_grad, tx, info, state, batch, rng, ema_decay)
 
     shardings = jax.tree.map(lambda x: x.sharding, state)
     compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
@@ -108,7 +114,7 @@ def _init(
 
 
 def _step(
-    task: Task,
+    value_and_grad: accumulation.ValueAndGrad,
     tx: optax.GradientTransformation,
     info: Info,
     state: TrainState,
@@ -116,8 +122,7 @@ def _step(
     rng: jax.Array,
     ema_decay: float,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    loss_fn = jax.value_and_grad(task.loss, has_aux=True)
-    (loss, (metrics, stats)), grads = loss_fn(state.params, state.stats, batch, rng)
+    (loss, (metrics, stats)), grads = value_and_grad(state.params, state.stats, batch, rng)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema

@@ -1,0 +1,137 @@
+"""Proof that every way to compute a contrastive loss gives one result: dense, tiled, ring and accumulated.
+
+Each is compared with float64 on the same float32 embeddings, at the temperature and bias of a new model and of a
+learned one: the value, and the gradient by every embedding, by t and by b.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from big_vlm.config import UserError
+from big_vlm.ops import contrastive
+from big_vlm.sharding import mesh as meshes
+from big_vlm.training import accumulation
+
+LIMIT = 1e-5  # norm-wise relative error in float32
+# name → log of the logit scale, and bias: how SigLIP starts, and near where it ends.
+TEMPERATURES = {'new': {'t': np.log(10.0), 'b': -10.0}, 'learned': {'t': np.log(100.0), 'b': -40.0}}
+
+
+class Row(NamedTuple):
+    """One way to compute one loss. `errors`: relative, of 'value' and of the gradients 'zimg', 'ztxt', 't', 'b'."""
+
+    loss: str
+    temperature: str
+    form: str
+    errors: dict[str, float]
+
+
+def compare(batch: int, width: int, tile: int = 0, accumulate: int = 4, seed: int = 0) -> Iterator[Row]:
+    """Computes both losses in every form on all devices, and yields a row as soon as it is known.
+
+    Args:
+      batch: pairs.
+      width: of the embeddings.
+      tile: images whose logits the tiled form and the ring hold at once; 0: a third of what a device has, rounded up.
+      accumulate: micro-batches of the accumulated form.
+      seed: of the embeddings.
+
+    Raises:
+      UserError: sizes that are too small, or do not divide over the devices or into micro-batches.
+    """
+    for name, value, least in (
+        ('batch', batch, 2),
+        ('width', width, 2),
+        ('tile', tile, 0),
+        ('accumulate', accumulate, 1),
+    ):
+        if value < least:
+            raise UserError(f'{name}={value}: must be at least {least}')
+    devices = jax.device_count()
+    for value, what in ((devices, f'over {devices} devices'), (accumulate, f'into {accumulate} micro-batches')):
+        if batch % value:
+            raise UserError(f'batch={batch} does not divide {what}: use a multiple of {np.lcm(devices, accumulate)}')
+
+    tile = tile or -(-batch // devices // 3)
+    forms = {
+        'dense': {},
+        'tiled': dict(form='ring', mesh=meshes.make_mesh(devices=jax.devices()[:1]), tile=tile),
+        'ring': dict(form='ring', mesh=meshes.make_mesh(), tile=tile),
+    }
+    for loss, (function, oracle) in _LOSSES.items():
+        for temperature, scalars in TEMPERATURES.items():
+            args = _arguments(batch, width, seed) | {name: np.float32(x) for name, x in scalars.items()}
+            if loss == 'softmax':
+                del args['b']
+            expected = oracle(**{name: np.asarray(x, np.float64) for name, x in args.items()})
+            for form, options in forms.items():
+                gradients = jax.value_and_grad(lambda args, f=function, options=options: f(**args, **options))
+                yield Row(loss, temperature, form, _errors(*jax.jit(gradients)(args), *expected))
+            (value, _), grads = jax.jit(accumulation.value_and_grad(_Embeddings(function), accumulate))(
+                args, {}, {'row': jnp.arange(batch)}, jax.random.key(0)
+            )
+            yield Row(loss, temperature, 'accumulated', _errors(value, grads, *expected))
+
+
+class _Embeddings:
+    """A task whose parameters are the loss's arguments: a batch picks rows, and their gradients can be compared."""
+
+    def __init__(self, function: Callable[..., jax.Array]):
+        self.function = function
+
+    def embed(self, params, stats, batch, rng):
+        del rng
+        return params['zimg'][batch['row']], params['ztxt'][batch['row']], stats
+
+    def loss_from_embeddings(self, params, zimg, ztxt):
+        return self.function(**{**params, 'zimg': zimg, 'ztxt': ztxt}), {}
+
+    def loss(self, params, stats, batch, rng):
+        zimg, ztxt, stats = self.embed(params, stats, batch, rng)
+        loss, metrics = self.loss_from_embeddings(params, zimg, ztxt)
+        return loss, (metrics, stats)
+
+
+def _arguments(batch, width, seed):
+    """Pairs that are partly alike, as those of a trained model."""
+    rng = np.random.default_rng(seed)
+    zimg, noise = (_unit(rng.normal(size=(batch, width))) for _ in range(2))
+    return {'zimg': zimg.astype(np.float32), 'ztxt': _unit(0.4 * zimg + noise).astype(np.float32)}
+
+
+def _unit(x):
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def _errors(value: Any, grads: Mapping, expected: Any, expected_grads: Mapping) -> dict[str, float]:
+    pairs = {'value': (value, expected)} | {name: (grads[name], g) for name, g in expected_grads.items()}
+    return {
+        name: float(np.linalg.norm(np.asarray(x, np.float64) - y) / np.linalg.norm(y)) for name, (x, y) in pairs.items()
+    }
+
+
+def _sigmoid(zimg, ztxt, t, b):
+    """Zhai et al. 2023, algorithm 1, and its gradients by hand."""
+    batch, scale, cosine = len(zimg), np.exp(t), zimg @ ztxt.T
+    label = 2 * np.eye(batch) - 1
+    logits = label * (cosine * scale + b)
+    weight = -label * np.exp(-np.logaddexp(0, logits)) / batch
+    grads = {'zimg': scale * weight @ ztxt, 'ztxt': scale * weight.T @ zimg}
+    return np.logaddexp(0, -logits).sum() / batch, grads | {'t': (weight * cosine).sum() * scale, 'b': weight.sum()}
+
+
+def _softmax(zimg, ztxt, t):
+    """Radford et al. 2021, figure 3, and its gradients by hand."""
+    batch, scale = len(zimg), np.exp(t)
+    logits = zimg @ ztxt.T * scale
+    logs = [logits - np.logaddexp.reduce(logits, axis=axis, keepdims=True) for axis in (0, 1)]
+    weight = (sum(map(np.exp, logs)) / 2 - np.eye(batch)) / batch
+    grads = {'zimg': scale * weight @ ztxt, 'ztxt': scale * weight.T @ zimg, 't': (weight * logits).sum()}
+    return -np.trace(sum(logs)) / 2 / batch, grads
+
+
+_LOSSES = {'sigmoid': (contrastive.sigmoid_loss, _sigmoid), 'softmax': (contrastive.softmax_loss, _softmax)}

@@ -1,0 +1,96 @@
+"""The benchmarks of the contrastive losses: how they read a schedule, and what the TPU compiler says of the ring."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from tools.bench import contrastive_overlap, interleaved
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+SCHEDULE = """HloModule jit_f, is_scheduled=true
+
+%fused (p: bf16[8]) -> f32[8] {
+  %p = bf16[8]{0} parameter(0)
+  ROOT %convolution.1 = f32[8]{0} convolution(%p, %p), dim_labels=bf_io->bf
+}
+
+%elementwise (p: bf16[8]) -> f32[8] {
+  ROOT %add.1 = f32[8]{0} add(%p, %p)
+}
+
+%body (state: (s32[], bf16[8])) -> (s32[], bf16[8]) {
+  %permute-start = (bf16[8], bf16[8]) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
+  %fusion.1 = f32[8]{0} fusion(%x), kind=kOutput, calls=%fused
+  %fusion.2 = f32[8]{0} fusion(%x), kind=kLoop, calls=%elementwise
+  %permute-done = bf16[8]{0} collective-permute-done(%permute-start)
+}
+
+ENTRY %main (x: bf16[8]) -> f32[8] {
+  %start.1 = (bf16[8], bf16[8]) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
+  %while.1 = (s32[], bf16[8]) while(%t), condition=%condition, body=%body
+  %done.1 = bf16[8]{0} collective-permute-done((bf16[8], bf16[8]) %start.1)
+  %start.2 = (bf16[8], bf16[8]) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
+  %fusion.3 = f32[8]{0} fusion(%x), kind=kLoop, calls=%elementwise
+  ROOT %done.2 = bf16[8]{0} collective-permute-done(%start.2)
+}
+"""
+
+
+def test_what_a_schedule_hides():
+    assert contrastive_overlap.transfers(SCHEDULE) == [
+        ('body', 'permute-start', 1),
+        ('main', 'start.1', 1),
+        ('main', 'start.2', 0),
+    ]
+
+
+def test_ratios_of_interleaved_times():
+    """Against a side that is always half as fast, whatever the machine does between rounds."""
+    ours, theirs = [1.0, 2.0, 4.0], [2.0, 4.0, 8.0]
+    assert interleaved.ratio(ours, theirs) == {'minima': 0.5, 'median': 0.5, 'quartiles': [0.5, 0.5]}
+    order = []
+    times = interleaved.rounds({'a': lambda: order.append('a'), 'b': lambda: order.append('b')}, 4)
+    assert [len(times[name]) for name in 'ab'] == [4, 4]
+    assert order[:2] == ['a', 'b'], 'a first call of each, outside the count'
+    assert order[2:] == ['a', 'b', 'b', 'a'] * 2, 'each goes first as often as second'
+
+
+@pytest.mark.parametrize('name', ['memory', 'overlap', 'floor', 'time'])
+def test_help_needs_no_jax(name):
+    code = (
+        f'import sys; from tools.bench import contrastive_{name} as tool\n'
+        'try: tool.main(["--help"])\n'
+        'except SystemExit as stop: assert stop.code == 0\n'
+        'assert not {"jax", "numpy", "torch"} & set(sys.modules)'
+    )
+    result = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f'python -m tools.bench.contrastive_{name}' in result.stdout
+
+
+def bench(*words):
+    """A benchmark in a process of its own, for the TPU compiler wants an environment of its own; its line of JSON."""
+    pytest.importorskip('libtpu')
+    command = [sys.executable, '-m', *words]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return json.loads(result.stdout.splitlines()[-1])['results']
+
+
+@pytest.mark.parity
+def test_memory_on_eight_chips():
+    words = '--case=sigmoid-ring', '--case=softmax-ring', '--batch=32768'
+    sigmoid, softmax = bench('tools.bench.contrastive_memory', *words)
+    assert sigmoid['temp_mib'] <= 16
+    assert softmax['temp_mib'] <= 24
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize('loss', ['sigmoid', 'softmax'])
+def test_every_transfer_has_a_matrix_product_beside_it(loss):
+    rows = bench('tools.bench.contrastive_overlap', f'--loss={loss}', '--batch=16384')
+    assert len(rows) >= 4 and all(row['matmuls'] for row in rows)

@@ -1,0 +1,59 @@
+"""Memory of the contrastive losses on eight TPU v5e chips, from the TPU compiler; no TPU is needed."""
+
+import argparse
+import json
+import sys
+
+EXPLAIN = """Temporary memory per chip of one loss with its gradients, beside its inputs and outputs, in MiB.
+Needs jax[tpu] at the version of jax (pip install -e '.[parity]'); without it, says so and ends.
+
+examples:
+  python -m tools.bench.contrastive_memory
+  python -m tools.bench.contrastive_memory --batch=1048576 --case=sigmoid-ring --tile=256
+"""
+
+CASES = ('sigmoid-dense', 'sigmoid-ring', 'softmax-dense', 'softmax-ring')
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        prog='python -m tools.bench.contrastive_memory',
+        description=__doc__,
+        epilog=EXPLAIN,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument('--batch', type=int, action='append', metavar='B', help='pairs (default: 32768 and 131072)')
+    result.add_argument('--case', choices=CASES, action='append', help='loss and form (default: all)')
+    result.add_argument('--width', type=int, default=768, metavar='E', help='of the embeddings (default: 768)')
+    result.add_argument('--tile', type=int, default=0, metavar='R', help="images of a ring's tile (0: its default)")
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints a table and one line of JSON. Exit code 0."""
+    args = parser().parse_args(argv)
+    from tools.bench import tpu_compiler
+
+    devices = tpu_compiler.devices()
+    if not devices:
+        print("skipped: no TPU compiler here (pip install -e '.[parity]' brings it)")
+        return 0
+    import jax
+
+    print(f'{len(devices)} × {devices[0].device_kind}, bfloat16, width {args.width}, jax {jax.__version__}')
+    print(f'{"case":16}{"batch":>10}{"temporary MiB per chip":>26}')
+    results = []
+    for case in args.case or CASES:
+        for batch in args.batch or (32768, 131072):
+            compiled = tpu_compiler.compile_loss(*case.split('-'), batch, args.width, args.tile, devices)
+            mib = compiled.memory_analysis().temp_size_in_bytes / 2**20
+            results.append({'case': case, 'batch': batch, 'temp_mib': round(mib, 2)})
+            print(f'{case:16}{batch:10,}{mib:26,.1f}', flush=True)
+    about = {'topology': tpu_compiler.TOPOLOGY, 'width': args.width, 'dtype': 'bfloat16', 'jax': jax.__version__}
+    print(json.dumps({'bench': 'contrastive_memory', **about, 'results': results}))
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The contrastive task: images and texts drawn together by a pairwise loss (SigLIP, arXiv 2303.15343)."""
+"""The contrastive task: images and texts drawn together by a sigmoid loss (SigLIP) or a softmax loss (CLIP)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from big_vlm.data.contract import Contract
 from big_vlm.models import two_towers
 from big_vlm.ops import contrastive, pixels
 
-LOSSES = ('sigmoid',)
+LOSSES = ('sigmoid', 'softmax')
 
 
 class Contrastive:
@@ -26,7 +26,7 @@ class Contrastive:
       mesh: the devices around which the ring loss passes text embeddings; None needs `loss_form='dense'`.
 
     Raises:
-      UserError: an unknown loss, variant or pool.
+      UserError: an unknown loss, variant or pool; a direction for a loss that has none.
     """
 
     kind = 'contrastive'
@@ -34,7 +34,13 @@ class Contrastive:
     def __init__(self, stage: config.Stage, contract: Contract, mesh: Mesh | None = None):
         if stage.model.loss not in LOSSES:
             raise config.unknown('loss', stage.model.loss, LOSSES, 'model.loss')
-        self.contract, self.mesh, self.loss_form = contract, mesh, stage.model.loss_form
+        if stage.model.direction != 'both' and stage.model.loss != 'softmax':
+            raise config.UserError(
+                f"model.direction={stage.model.direction!r} is for model.loss='softmax', and model.loss is "
+                f"{stage.model.loss!r}: the sigmoid loss has no direction, leave model.direction at 'both'"
+            )
+        self.loss_name, self.direction, self.loss_form = stage.model.loss, stage.model.direction, stage.model.loss_form
+        self.contract, self.mesh = contract, mesh
         self.dtype = jnp.dtype(stage.model.dtype)
         self.model = two_towers.from_config(
             stage.model,
@@ -66,8 +72,11 @@ class Contrastive:
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """(loss, metrics) of a global batch of embeddings [B,E]; apart from `embed` so that accumulation is exact."""
         t, b = params['t'], params['b']
-        form = self.loss_form
-        loss = contrastive.sigmoid_loss(zimg, ztxt, t, b, form=form, mesh=self.mesh if form == 'ring' else None)
+        where = dict(form=self.loss_form, mesh=self.mesh if self.loss_form == 'ring' else None)
+        if self.loss_name == 'softmax':
+            loss = contrastive.softmax_loss(zimg, ztxt, t, direction=self.direction, **where)
+            return loss, {'logit_scale': jnp.exp(t[0])}
+        loss = contrastive.sigmoid_loss(zimg, ztxt, t, b, **where)
         return loss, {'logit_scale': jnp.exp(t[0]), 'logit_bias': b[0]}
 
     def loss(

@@ -142,6 +142,30 @@ def test_bfloat16_computes_in_it_and_keeps_float32_outside():
     assert 1e-5 < worst < 5e-2
 
 
+@pytest.mark.parametrize('direction', ['both', 'image_to_text', 'text_to_image'])
+def test_softmax_is_clips_on_the_models_own_embeddings(direction):
+    zimg, ztxt = (np.asarray(z, np.float64) for z in embeddings(make(), batch()))
+    logits = zimg @ ztxt.T * np.exp(1.7)
+    expected = {
+        'image_to_text': (np.logaddexp.reduce(logits, axis=1) - np.diag(logits)).mean(),
+        'text_to_image': (np.logaddexp.reduce(logits, axis=0) - np.diag(logits)).mean(),
+    }
+    expected['both'] = sum(expected.values()) / 2
+    mesh = meshes.make_mesh(4, 2, 1)
+    for task in (
+        make(loss='softmax', direction=direction),
+        make(mesh, loss='softmax', direction=direction, loss_form='ring'),
+    ):
+        loss, metrics = task.loss_from_embeddings(params(), *embeddings(make(), batch()))
+        np.testing.assert_allclose(loss, expected[direction], rtol=1e-5)
+        assert set(metrics) == {'logit_scale'}, 'there is no bias to speak of'
+
+
+def test_a_direction_is_the_softmax_losss():
+    with pytest.raises(UserError, match="model.direction='image_to_text' is for model.loss='softmax'.*'sigmoid'"):
+        make(direction='image_to_text')
+
+
 def test_an_unknown_loss():
     with pytest.raises(UserError, match="unknown loss 'sigmoyd'.*did you mean 'sigmoid'"):
         make(loss='sigmoyd')

@@ -63,10 +63,10 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class ImageTower:
-    """A vision transformer. A size of 0 is the variant's own."""
+    """A vision transformer, or a ResNet. A size of 0 is the variant's own."""
 
-    variant: str = 'B/16'  # name/patch size
-    width: Count = 0
+    variant: str = 'B/16'  # name/patch size; or R50, R101x3: BiT's ResNets, which have width and pool only
+    width: Count = 0  # a ResNet's: channels of its first bottlenecks
     depth: Count = 0
     mlp_dim: Count = 0
     num_heads: Count = 0
@@ -79,15 +79,17 @@ class ImageTower:
 
 @dataclass(frozen=True)
 class TextTower:
-    """The dual encoder's text transformer. A size of 0 is the variant's own."""
+    """The dual encoder's text tower. A size of 0 is the variant's own."""
 
+    kind: Literal['transformer', 'lstm', 'bag', 'gemma'] = 'transformer'  # 'gemma': of the sizes in model.decoder
     variant: str = 'B'
     width: Count = 0
     depth: Count = 0
     mlp_dim: Count = 0
     num_heads: Count = 0
-    pool: Literal['last', 'first', 'mean', 'max', 'map'] = 'last'  # over positions; 'last' is SigLIP's
+    pool: Literal['last', 'first', 'mean', 'max', 'map', 'tok'] = 'last'  # over positions; 'last' is SigLIP's
     mask: bool = False  # attend to and pool real tokens only; SigLIP attends to padding
+    causal: bool = False  # a token sees those before it alone; CLIP and language models
     embed_init: Amount = 0.0  # stddev of the token embedding's init; 0: 1/sqrt(width)
 
 
@@ -112,8 +114,8 @@ class Model:
     """The network and its loss."""
 
     image: ImageTower = ImageTower()
-    text: TextTower = TextTower()  # contrastive only
-    decoder: Decoder = Decoder()  # generative only
+    text: TextTower = TextTower()  # contrastive
+    decoder: Decoder = Decoder()  # generative, and text towers of kind 'gemma'
     projector: Literal['linear', 'pooled', 'cls'] = 'linear'  # generative: every patch, averages (Gemma 3), one token
     image_tokens: Count = 0  # generative: to which 'pooled' averages the patches of an image, a square; 0: 256
     embed_dim: Count = 0  # contrastive: joint embedding width; 0: the image tower's

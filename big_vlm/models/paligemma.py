@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from big_vlm import config
-from big_vlm.models import gemma, vit
+from big_vlm.models import gemma, image_towers
 from big_vlm.ops import kv_cache, masks
 
 
@@ -45,7 +45,7 @@ class PaliGemma:
         """P, the slots one image takes."""
         if self.img.pool != 'none':
             return 1
-        return self.pooled_tokens or (self.image_size // self.img.sizes['patch_size']) ** 2
+        return self.pooled_tokens or self.img.tokens(self.image_size)
 
     def init(self, rng: jax.Array) -> dict:
         """Fresh float32 parameters. Use under `jax.jit` or `jax.eval_shape`."""
@@ -191,7 +191,7 @@ class PaliGemma:
     def forward_flops(self, text_length: int, num_images: int = 1) -> float:
         """Model FLOPs of one example's forward pass: its images, the whole sequence, logits on the text slots."""
         length = num_images * self.image_tokens + text_length
-        per_image = vit.forward_flops(self.img, self.image_size)
+        per_image = self.img.flops(self.image_size)
         per_image += 2.0 * self.image_tokens * self.llm.vision_width * self.llm.sizes['width']
         return num_images * per_image + gemma.forward_flops(self.llm, length, text_length)
 
@@ -215,19 +215,18 @@ def from_config(model: config.Model, *, image_size: int, vocab_size: int) -> Pal
     """
     shared = dict(dtype=jnp.dtype(model.dtype), remat=model.remat, scan=model.scan)
     decoder = gemma.Gemma(vocab_size=vocab_size, **dataclasses.asdict(model.decoder), **shared)
-    tower = dataclasses.asdict(model.image) | {'pool': 'tok' if model.projector == 'cls' else 'none'}
+    tower = dataclasses.replace(model.image, pool='tok' if model.projector == 'cls' else 'none')
     if model.projector != 'pooled':
         if model.image_tokens:
             raise config.UserError(
                 f'model.image_tokens {model.image_tokens}: projector {model.projector!r} does not average patches; '
                 "leave it at 0, or take projector 'pooled'"
             )
-        image = vit.ViT(**tower, head=decoder.sizes['width'], **shared)
-        _ = image.sizes
+        image = image_towers.from_config(tower, head=decoder.sizes['width'], **shared)
         return PaliGemma(image, decoder, image_size)
-    image = vit.ViT(**tower, **shared)
+    image = image_towers.from_config(tower, **shared)
     tokens = model.image_tokens or 256
-    grid, side = image_size // image.sizes['patch_size'], math.isqrt(tokens)
+    grid, side = math.isqrt(image.tokens(image_size)), math.isqrt(tokens)
     if side**2 != tokens or grid % side or not grid:
         raise config.UserError(
             f'model.image_tokens {tokens}: a grid of {grid}x{grid} patches ({image_size} px, '

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from big_vlm import config
-from big_vlm.models import text_towers, vit
+from big_vlm.models import image_towers, text_towers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,7 @@ class TwoTowers:
 
     def forward_flops(self) -> float:
         """Model FLOPs of one image-text pair's forward pass; pair logits are not counted, they depend on the batch."""
-        return vit.forward_flops(self.img, self.image_size) + text_towers.forward_flops(self.txt, self.text_length)
+        return self.img.flops(self.image_size) + self.txt.flops(self.text_length)
 
 
 def from_config(model: config.Model, *, image_size: int, text_length: int, vocab_size: int) -> TwoTowers:
@@ -105,15 +105,12 @@ def from_config(model: config.Model, *, image_size: int, text_length: int, vocab
     Raises UserError for unknown variants, pools, positions, and sizes that do not divide.
     """
     shared = dict(dtype=jnp.dtype(model.dtype), remat=model.remat, scan=model.scan)
-    image = vit.ViT(**dataclasses.asdict(model.image), **shared)
+    image = image_towers.from_config(model.image, **shared)
     width = image.sizes['width']
     embed_dim = model.embed_dim or width
     if image.pool == 'none':
         raise config.UserError("the image tower of a contrastive model needs a pool: 'map', 'gap' or 'tok', not 'none'")
     if embed_dim != width:
         image = image.clone(head=embed_dim)
-    text = text_towers.TextTransformer(
-        vocab_size=vocab_size, embed_dim=embed_dim, **dataclasses.asdict(model.text), **shared
-    )
-    _ = text.sizes
+    text = text_towers.from_config(model.text, model.decoder, vocab_size=vocab_size, embed_dim=embed_dim, **shared)
     return TwoTowers(image, text, image_size, text_length, model.init_t, model.init_b)

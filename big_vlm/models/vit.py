@@ -266,6 +266,20 @@ class ViT(nn.Module):
             x = nn.Dense(self.head, dtype=self.dtype, name='head')(x)
         return x, out
 
+    def tokens(self, image_size: int) -> int:
+        """P of a square image."""
+        return (image_size // self.sizes['patch_size']) ** 2
+
+    def flops(self, image_size: int) -> float:
+        """Model FLOPs of one square image's forward pass (for MFU: times 3 with the backward pass)."""
+        s, patches = self.sizes, self.tokens(image_size)
+        width, mlp_dim = s['width'], s['mlp_dim']
+        flops = STEMS[self.stem](width, s['patch_size'], self.dtype).flops(image_size)
+        flops += encoder_flops(s['depth'], width, mlp_dim, patches + (self.pool == 'tok'))
+        if self.pool == 'map':
+            flops += map_head_flops(width, mlp_dim, patches)
+        return flops + 2.0 * width * self.head * (patches if self.pool == 'none' else 1)
+
 
 def encoder_flops(depth: int, width: int, mlp_dim: int, length: int) -> float:
     """Multiply-adds count twice; attention counts every query-key pair; norms, softmax and biases count nothing."""
@@ -276,14 +290,3 @@ def encoder_flops(depth: int, width: int, mlp_dim: int, length: int) -> float:
 def map_head_flops(width: int, mlp_dim: int, length: int) -> float:
     """One query: its projections and MLP, and the keys and values of `length` tokens."""
     return float(2 * (2 * width * width + 2 * width * mlp_dim) + length * (4 * width * width + 4 * width))
-
-
-def forward_flops(model: ViT, image_size: int) -> float:
-    """Model FLOPs of one image's forward pass (for MFU: times 3 with the backward pass)."""
-    s = model.sizes
-    width, mlp_dim, patches = s['width'], s['mlp_dim'], (image_size // s['patch_size']) ** 2
-    flops = STEMS[model.stem](width, s['patch_size'], model.dtype).flops(image_size)
-    flops += encoder_flops(s['depth'], width, mlp_dim, patches + (model.pool == 'tok'))
-    if model.pool == 'map':
-        flops += map_head_flops(width, mlp_dim, patches)
-    return flops + 2.0 * width * model.head * (patches if model.pool == 'none' else 1)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from big_vlm import config
-from big_vlm.models import gemma, gemma_variants, paligemma, text_towers, two_towers, vit
+from big_vlm.models import gemma, gemma_variants, paligemma, resnet, text_towers, two_towers, vit
 
 
 def shapes(init):
@@ -226,16 +226,35 @@ def test_vit_flops(pool, stem):
     model = vit.ViT('S/16', pool=pool, stem=stem, head=100)
     x = jax.ShapeDtypeStruct((1, 70, 70, 3), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), x)
-    assert vit.forward_flops(model, 70) == traced(lambda p, x: model.apply(p, x)[0], params, x)
+    assert model.flops(70) == traced(lambda p, x: model.apply(p, x)[0], params, x)
 
 
-@pytest.mark.parametrize('pool', ['last', 'map'])
+@pytest.mark.parametrize('pool', resnet.POOLS)
+def test_resnet_flops(pool):
+    model = resnet.ResNet('R50', pool=pool, head=100)
+    x = jax.ShapeDtypeStruct((1, 70, 70, 3), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), x)
+    assert model.flops(70) == traced(lambda p, x: model.apply(p, x)[0], params, x)
+
+
+@pytest.mark.parametrize('pool', ['last', 'map', 'tok'])
 def test_two_towers_flops(pool):
     model = siglip('S/16', 64, 16, 100)
     model = two_towers.TwoTowers(model.img, model.txt.clone(pool=pool), 64, 16)
     text = jax.ShapeDtypeStruct((1, 16), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0))
     assert model.forward_flops() == traced(lambda *a: model.apply(*a)[:2], params, image(model, 1), text)
+
+
+@pytest.mark.parametrize('kind', ['lstm', 'bag', 'gemma'])
+def test_text_tower_flops(kind):
+    section = config.TextTower(kind, pool='mean', **(dict(variant='mu', width=48) if kind != 'gemma' else {}))
+    decoder = config.Decoder(width=48, depth=3, mlp_dim=96, num_heads=4, num_kv_heads=1, head_dim=16)
+    shared = dict(dtype=jnp.dtype('float32'), remat='none', scan=True)
+    tower = text_towers.from_config(section, decoder, vocab_size=100, embed_dim=40, **shared)
+    text = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    params = jax.eval_shape(tower.init, jax.random.key(0), text)
+    assert tower.flops(16) == traced(lambda p, x: tower.apply(p, x)[0], params, text)
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,10 @@ GOLDENS = Path(__file__).parents[1] / 'goldens'
 SIGLIP = GOLDENS / 'siglip2'
 
 
-def stage_of(model, **init):
+def stage_of(model, task='', **init):
     """A stage whose model has the sizes of a public one."""
     stage = config.Stage(
-        task=model.task,
+        task=task or model.task,
         total=config.Duration(steps=1),
         model=model.model,
         contract=model.settings,
@@ -61,6 +61,25 @@ def test_a_dual_encoder_whole(tmp_path, source):
     np.testing.assert_array_equal(first[table][300:], fresh[table][300:])
     for name in set(first) - {table}:
         np.testing.assert_array_equal(first[name], model.weights.read(name), err_msg=name)
+
+
+def test_a_language_model_as_text_tower():
+    """Its table ends before the location tokens here too."""
+    model = interop.read(GOLDENS / 'gemma')
+    sections = config.Model(
+        image=config.ImageTower('mu/4', pool='gap'),
+        text=config.TextTower('gemma', causal=True, mask=True),
+        decoder=model.model.decoder,
+    )
+    small = dataclasses.replace(model, model=sections, settings=dataclasses.replace(model.settings, image_size=8))
+    init = dict(path=str(GOLDENS / 'gemma'), parts={'txt/llm': 'llm'})
+    fresh, first = loaded(*stage_of(small, 'contrastive', **init))
+    table, rows = 'txt/llm/embedder/input_embedding', model.vocab_size
+    np.testing.assert_array_equal(first[table][:rows], model.weights.read('llm/embedder/input_embedding'))
+    np.testing.assert_array_equal(first[table][rows:], fresh[table][rows:])
+    for name in set(first) - {table}:
+        expected = model.weights.read(name.removeprefix('txt/')) if name.startswith('txt/llm/') else fresh[name]
+        np.testing.assert_array_equal(first[name], expected, err_msg=name)
 
 
 def test_a_decoder_with_eyes_from_two_places_of_an_npz(tmp_path):

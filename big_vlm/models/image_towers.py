@@ -1,0 +1,42 @@
+"""Which network a config's `model.image` names: a ViT, or BiT's ResNet.
+
+Both are Linen modules, image float [B,H,W,3] -> (x, out), with `sizes` (width and patch_size among them), `pool`,
+`tokens(image_size)` and `flops(image_size)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from big_vlm import config
+from big_vlm.config import UserError
+from big_vlm.models import resnet, vit
+
+ImageTower = vit.ViT | resnet.ResNet
+_OF_RESNETS = ('variant', 'width', 'pool')
+
+
+def from_config(image: config.ImageTower, *, head: int = 0, **shared: Any) -> ImageTower:
+    """The tower, its names and sizes checked.
+
+    Args:
+      image: the validated section.
+      head: width it is projected to; 0: not at all.
+      shared: dtype, remat and scan.
+
+    Raises:
+      UserError: an unknown variant, sizes that do not divide, a setting that a ResNet does not have.
+    """
+    settings = dataclasses.asdict(image) | shared | {'head': head}
+    if resnet.is_variant(image.variant):
+        for field in dataclasses.fields(image):
+            value = getattr(image, field.name)
+            if field.name not in _OF_RESNETS and value != field.default:
+                raise UserError(f'model.image.{field.name}={value!r}: {image.variant!r}, a ResNet, has none')
+        of_resnets = (*_OF_RESNETS, 'head', 'dtype', 'remat')
+        tower = resnet.ResNet(**{name: settings[name] for name in of_resnets})
+    else:
+        tower = vit.ViT(**settings)
+    _ = tower.sizes
+    return tower

@@ -1,0 +1,67 @@
+"""A bundle as StableHLO: functions, weights and tokenizer for programs that have JAX and none of big_vlm."""
+
+import argparse
+import sys
+
+EXAMPLES = """examples:
+  python -m tools.export runs/quickstart/pretrain/bundle --stablehlo=exported/siglip
+  python -m tools.export runs/quickstart/multimodal/bundle --stablehlo=exported/paligemma --max_new_tokens=32
+
+What is written, and how another program calls it:
+
+  function = jax.export.deserialize(bytearray(open('exported/siglip/embed_image.stablehlo', 'rb').read()))
+  weights = safetensors.numpy.load_file('exported/siglip/weights/model.safetensors')
+  function.call(weights, {'image': image})['embedding']     # image: uint8 [batch, side, side, 3], any batch
+
+manifest.json lists the inputs and outputs of each function: embed_image and embed_text of a dual encoder; prefill and
+decode_step of a decoder, whose cache goes out of one call into the next.
+
+Formats of other projects (safetensors for transformers, big_vision's .npz): python -m tools.convert --help
+The same in Python: big_vlm.bundle.export(big_vlm.load(BUNDLE), DST)
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        prog='python -m tools.export',
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument('bundle', metavar='BUNDLE', help='the folder of a trained model')
+    result.add_argument('--stablehlo', metavar='DST', required=True, help='the folder to write; a name that is free')
+    result.add_argument('--platforms', default='cpu,cuda,tpu', metavar='LIST', help='default: cpu,cuda,tpu')
+    tokens = 'of a decoder: how many tokens fit after the longest prompt (default: 64)'
+    result.add_argument('--max_new_tokens', type=int, default=64, metavar='N', help=tokens)
+    return result
+
+
+def run(argv: list[str]) -> None:
+    """The tool. Raises UserError."""
+    args = parser().parse_args(argv)
+    from big_vlm import bundle
+
+    bundle.export(
+        bundle.load(args.bundle),
+        args.stablehlo,
+        max_new_tokens=args.max_new_tokens,
+        platforms=[name.strip() for name in args.platforms.split(',') if name.strip()],
+        say=lambda name: print(f'{args.stablehlo}/{name}.stablehlo', flush=True),
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0, or 2 after one line on stderr that says what to do."""
+    from big_vlm.config import UserError
+
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -140,7 +140,7 @@ class TextLSTM(nn.Module):
         x = _embedding(self, sizes['width'])(text)
         for i in range(sizes['depth']):
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
-            x = nn.RNN(nn.OptimizedLSTMCell(sizes['width'], dtype=self.dtype), name=f'lstm_{i}')(x)
+            x = nn.RNN(nn.OptimizedLSTMCell(sizes['width'], dtype=self.dtype, name=f'lstm_{i}'))(x)
         pooled = _pool(x, mask, self.pool)
         return _head(self, pooled), {'encoded': x, 'pooled': pooled}
 

@@ -84,7 +84,7 @@ def test_lstm_against_its_equations(pool):
     p = double(params)
     x = p['Embed_0']['embedding'][TEXT]
     for i in range(2):
-        cell = p[f'lstm_{i}']['cell'] if 'cell' in p[f'lstm_{i}'] else p[f'lstm_{i}']
+        cell = p[f'lstm_{i}']
         h = c = np.zeros((3, 16))
         states = []
         for t in range(6):

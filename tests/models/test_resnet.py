@@ -92,9 +92,7 @@ def test_size_and_mean_of_a_kernel_do_not_matter():
     np.testing.assert_allclose(run(TINY, trees.like(params, other))[0], run(TINY, params)[0], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ('variant', 'millions'), [('R50', 25.55), ('R101', 44.54), ('R50x3', 217.32), ('R101x3', 387.93)]
-)
+@pytest.mark.parametrize(('variant', 'millions'), [('R50', 25.55), ('R101', 44.54), ('R50x3', 217.32)])
 def test_published_sizes(variant, millions):
     """With a head of 1,000 classes: the table of PyTorch image models, resnetv2_*_bit."""
     tower = resnet.ResNet(variant, head=1000)

@@ -166,10 +166,12 @@ class ResNet(nn.Module):
             x = nn.Dense(self.head, dtype=self.dtype, name='head')(x)
         return x, out
 
+    @nn.nowrap
     def tokens(self, image_size: int) -> int:
         """P of a square image."""
         return _halved(image_size, 5) ** 2
 
+    @nn.nowrap
     def flops(self, image_size: int) -> float:
         """Model FLOPs of one square image's forward pass; norms, pooling and biases count nothing."""
         units, _ = decode_variant(self.variant)

@@ -100,6 +100,7 @@ class TextTransformer(nn.Module):
             x = _pool(x, mask, self.pool)
         return _head(self, x), out | {'pooled': x}
 
+    @nn.nowrap
     def flops(self, text_length: int) -> float:
         """Model FLOPs of one text's forward pass; lookups and norms count nothing."""
         s = self.sizes
@@ -144,6 +145,7 @@ class TextLSTM(nn.Module):
         pooled = _pool(x, mask, self.pool)
         return _head(self, pooled), {'encoded': x, 'pooled': pooled}
 
+    @nn.nowrap
     def flops(self, text_length: int) -> float:
         """As `TextTransformer.flops`: four gates of the token and of the state."""
         s = self.sizes
@@ -179,6 +181,7 @@ class BagOfWords(nn.Module):
         pooled = _pool(nn.Dropout(self.dropout, deterministic=not train)(x), mask, self.pool)
         return _head(self, pooled), {'encoded': x, 'pooled': pooled}
 
+    @nn.nowrap
     def flops(self, text_length: int) -> float:
         """As `TextTransformer.flops`: the head's alone."""
         del text_length
@@ -224,6 +227,7 @@ class TextGemma(nn.Module):
         pooled = _pool(x, mask, self.pool)
         return _head(self, pooled), {'blocks': out['blocks'], 'encoded': x, 'pooled': pooled}
 
+    @nn.nowrap
     def flops(self, text_length: int) -> float:
         """As `TextTransformer.flops`."""
         return gemma.forward_flops(self.llm, text_length, 0) + 2.0 * self.sizes['width'] * self.embed_dim

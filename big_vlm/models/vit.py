@@ -266,10 +266,12 @@ class ViT(nn.Module):
             x = nn.Dense(self.head, dtype=self.dtype, name='head')(x)
         return x, out
 
+    @nn.nowrap
     def tokens(self, image_size: int) -> int:
         """P of a square image."""
         return (image_size // self.sizes['patch_size']) ** 2
 
+    @nn.nowrap
     def flops(self, image_size: int) -> float:
         """Model FLOPs of one square image's forward pass (for MFU: times 3 with the backward pass)."""
         s, patches = self.sizes, self.tokens(image_size)

@@ -18,7 +18,7 @@ from big_vlm.data.contract import Contract
 from big_vlm.data.tokenizer import Tokenizer
 from big_vlm.interop import big_vision, hugging_face
 from big_vlm.interop.lazy import LazyWeights
-from big_vlm.interop.pretrained import POSITION, Pretrained
+from big_vlm.interop.pretrained import DECODERS, POSITION, Pretrained
 from big_vlm.models import vit
 from big_vlm.ops import position_resize
 
@@ -152,7 +152,7 @@ def _write_bundle(
     source: str,
     done: Callable[[int], None],
 ) -> None:
-    if model.family == 'gemma':
+    if model.family in DECODERS:
         raise UserError(
             f'{source} is a decoder alone, and a bundle is a whole model: convert it to an .npz, and start from it '
             "with init_from.path and parts={'llm': 'llm'}"

@@ -41,7 +41,7 @@ class Pretrained:
       settings: the preprocessing, as a config says it.
       vocab_size: rows of the token table.
       weights: under our names: 'img/…', 'txt/…', 'llm/…', 't', 'b'.
-      tokenizer: the SentencePiece file that came with it, if any.
+      tokenizer: what came with it: a SentencePiece file, a tokenizer, or None.
     """
 
     family: str
@@ -49,7 +49,7 @@ class Pretrained:
     settings: config.Contract
     vocab_size: int
     weights: LazyWeights
-    tokenizer: pathlib.Path | None = None
+    tokenizer: pathlib.Path | Tokenizer | None = None
 
     @property
     def task(self) -> str:
@@ -61,6 +61,10 @@ class Pretrained:
         return config.Stage(
             task=self.task, model=self.model, contract=self.settings, init_from=config.InitFrom(path=source)
         )
+
+    def own_tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that came with it. Raises UserError if that is none."""
+        return Tokenizer.load(self.tokenizer) if isinstance(self.tokenizer, pathlib.Path) else self.tokenizer
 
     def contract(self, tokenizer: Tokenizer) -> Contract:
         """The preprocessing contract. Raises UserError if the tokenizer's vocabulary is not the token table's."""

@@ -418,5 +418,5 @@ def test_pixels_that_the_contract_cannot_say_are_refused(tmp_path, content, mess
 def test_neither_file_nor_folder(tmp_path):
     with pytest.raises(UserError, match='no such file or folder'):
         interop.read(tmp_path / 'nowhere')
-    with pytest.raises(UserError, match='neither an .npz file nor a folder'):
+    with pytest.raises(UserError, match='neither an .npz or .gguf file nor a folder'):
         interop.read(tmp_path)

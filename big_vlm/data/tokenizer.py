@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
 
 from big_vlm.config import UserError
 from big_vlm.data.coordinates import NUM_LOCATIONS, NUM_SEGMENTS, TOKEN
@@ -76,6 +75,8 @@ class Tokenizer:
         Raises:
           UserError: SentencePiece makes no model of them: a piece is there twice, a kind is none of its own.
         """
+        from sentencepiece import sentencepiece_model_pb2  # protobuf, which nothing else here needs
+
         model = sentencepiece_model_pb2.ModelProto()
         try:
             for piece, score, kind in pieces:

@@ -121,6 +121,7 @@ def _table(family: str, heads: int, kv_heads: int) -> list[rows.Row]:
 
 def _without_ones(weights: LazyWeights) -> LazyWeights:
     def read(name: str) -> np.ndarray:
-        return weights.read(name) - np.float32(name.endswith('norm.weight'))
+        x = weights.read(name)
+        return x - np.float32(1) if name.endswith('norm.weight') else x
 
     return dataclasses.replace(weights, read=read)

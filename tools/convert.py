@@ -1,4 +1,7 @@
-"""A model in another format: bundle, big_vision's .npz, Hugging Face folder; any into any, weights bit for bit."""
+"""A model in another format: bundle, big_vision's .npz, Hugging Face folder; any into any, weights bit for bit.
+
+GGUF files of llama.cpp are read as well, their weights dequantised to float32.
+"""
 
 import argparse
 import logging
@@ -17,8 +20,12 @@ EXAMPLES = """examples:
   At another resolution, position embeddings resized:
     python -m tools.convert siglip_b16_224.npz siglip_b16_384 --image_size=384 --tokenizer=c4_en.model
 
-The formats are recognised: SRC is a bundle, an .npz (or FILE.npz:SUBTREE) or a folder with config.json and safetensors
-files; DST is an .npz if its name ends so, a Hugging Face folder if SRC is a bundle, else a bundle.
+  A quantised Gemma of llama.cpp for transformers, tokenizer and all:
+    python -m tools.convert gemma-3-270m-Q4_K_M.gguf gemma3_270m
+
+The formats are recognised: SRC is a bundle, an .npz (or FILE.npz:SUBTREE), a .gguf or a folder with config.json and
+safetensors files; DST is an .npz if its name ends so, a Hugging Face folder if SRC is a bundle or a .gguf, else a
+bundle.
 
 The same in Python: big_vlm.bundle.convert(SRC, DST)
 """

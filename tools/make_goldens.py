@@ -16,6 +16,12 @@ ENCODER = dict(intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
 # 14 pixels hold three patches of 4; two pixels go unseen.
 VISION = ENCODER | dict(hidden_size=16, image_size=14, patch_size=4)
 DECODER = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
+# Windows that nine tokens leave, and a cap that small logits reach; Gemma 2's queries are scaled as the 27B's,
+# Gemma 3's positions as the 4B's. Sizes and layers are no published ones.
+GEMMA2 = dict(num_key_value_heads=2, sliding_window=4, query_pre_attn_scalar=4, final_logit_softcapping=0.05)
+GEMMA2 |= dict(num_hidden_layers=3)
+GEMMA3 = dict(num_hidden_layers=7, num_key_value_heads=1, sliding_window=4, query_pre_attn_scalar=8)
+GEMMA3 |= dict(rope_scaling={'rope_type': 'linear', 'factor': 8.0})
 PIXELS, TEXT = 14, 7
 WORDS = ('a red three in the top left', 'two blue circles', 'what is green ?', 'how many digits are there ?')
 
@@ -25,7 +31,9 @@ def make(folder: pathlib.Path) -> None:
     import torch
 
     torch.use_deterministic_algorithms(True)
-    for name, golden in (('siglip', _siglip), ('siglip2', _siglip2), ('paligemma', _paligemma), ('gemma', _gemma)):
+    makers = dict(siglip=_siglip, siglip2=_siglip2, paligemma=_paligemma, paligemma2=_paligemma2)
+    makers |= dict(gemma=_gemma, gemma2=_gemma2, gemma3=_gemma3)
+    for name, golden in makers.items():
         path = folder / name
         path.mkdir(parents=True, exist_ok=True)
         golden(path)
@@ -89,6 +97,15 @@ def _two_towers(folder, text_config, **saving):
 
 def _paligemma(folder):
     """Rows beyond the tokens: `<image>` and padding up to a multiple of 64."""
+    _image_and_text(folder, DECODER | dict(model_type='gemma', num_key_value_heads=1))
+
+
+def _paligemma2(folder):
+    """A Gemma 2 decodes: the prompt is longer than its window, and sees all of itself."""
+    _image_and_text(folder, DECODER | GEMMA2 | dict(model_type='gemma2'))
+
+
+def _image_and_text(folder, decoder):
     import numpy as np
     import torch
     import transformers
@@ -96,7 +113,7 @@ def _paligemma(folder):
     tokens = _bytes_and_pieces(folder / 'tokenizer.model') + 1024 + 128
     config = transformers.PaliGemmaConfig(
         vision_config=VISION | dict(model_type='siglip_vision_model', vision_use_head=False, projection_dim=16),
-        text_config=DECODER | dict(model_type='gemma', num_key_value_heads=1, vocab_size=-(-(tokens + 1) // 64) * 64),
+        text_config=decoder | dict(vocab_size=-(-(tokens + 1) // 64) * 64),
         projection_dim=16,
         image_token_index=tokens,
     )
@@ -122,13 +139,28 @@ def _paligemma(folder):
 
 def _gemma(folder):
     """A decoder alone, every head with its own keys."""
+    _text_alone(folder, 'Gemma', DECODER | dict(num_key_value_heads=4))
+
+
+def _gemma2(folder):
+    """Norms after the sublayers, capped attention, every other layer with a window."""
+    _text_alone(folder, 'Gemma2', DECODER | GEMMA2)
+
+
+def _gemma3(folder):
+    """Norms on queries and keys, two rotary bases, every sixth layer without a window."""
+    _text_alone(folder, 'Gemma3', DECODER | GEMMA3)
+
+
+def _text_alone(folder, family, decoder):
     import numpy as np
     import torch
     import transformers
 
     tokens = _bytes_and_pieces(folder / 'tokenizer.model')
-    config = transformers.GemmaConfig(**DECODER, num_key_value_heads=4, vocab_size=tokens)
-    model = randomize(transformers.GemmaForCausalLM(config))
+    config_class = getattr(transformers, f'{family}TextConfig' if family == 'Gemma3' else f'{family}Config')
+    config = config_class(**decoder, vocab_size=tokens)
+    model = randomize(getattr(transformers, f'{family}ForCausalLM')(config))
     model.save_pretrained(folder)
     text = np.random.default_rng(1).integers(3, tokens, (2, 9)).astype(np.int32)
     with torch.no_grad():

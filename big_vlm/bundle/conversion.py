@@ -1,4 +1,4 @@
-"""From any format of a model to any other: a bundle, big_vision's `.npz`, a Hugging Face folder."""
+"""From any format of a model to any other: a bundle, big_vision's `.npz`, a Hugging Face folder; out of a GGUF file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from big_vlm.data.contract import Contract
 from big_vlm.data.tokenizer import Tokenizer
 from big_vlm.interop import big_vision, hugging_face
 from big_vlm.interop.lazy import LazyWeights
-from big_vlm.interop.pretrained import POSITION, Pretrained
+from big_vlm.interop.pretrained import DECODERS, POSITION, Pretrained
 from big_vlm.models import vit
 from big_vlm.ops import position_resize
 
@@ -45,9 +45,9 @@ def convert(
     """Writes the model at `source` in another format. Formats other than a bundle are streamed, array by array.
 
     Args:
-      source: a bundle, FILE.npz, FILE.npz:SUBTREE or a folder with config.json and safetensors files.
+      source: a bundle, FILE.npz, FILE.npz:SUBTREE, FILE.gguf or a folder with config.json and safetensors files.
       destination: a name that is free; it appears when it is whole.
-      to: one of FORMATS; '': 'npz' for a name that ends so, else 'hugging_face' for a bundle, else 'bundle'.
+      to: one of FORMATS; '': 'npz' for a name that ends so, else 'hugging_face' for a bundle or GGUF, else 'bundle'.
       tokenizer: a SentencePiece file; '': the one that came with the model.
       image_size: pixels per side of the converted model; 0: the same. Learned positions are resized.
       resize: one of `position_resize.RESIZES`; '': what the source's own code does.
@@ -65,7 +65,7 @@ def convert(
     if destination.exists():
         raise UserError(f'{destination} exists: choose another name, or remove it')
     model, kind = _open(source)
-    to = to or ('npz' if destination.suffix == '.npz' else 'hugging_face' if kind == 'bundle' else 'bundle')
+    to = to or ('npz' if destination.suffix == '.npz' else 'hugging_face' if kind in ('bundle', 'gguf') else 'bundle')
     if to not in FORMATS:
         raise unknown('format', to, FORMATS)
     for option, value, needed in (
@@ -78,8 +78,9 @@ def convert(
     if image_size:
         model = _at(model, image_size, resize or ('bicubic' if kind == 'hugging_face' else 'bilinear'))
     pieces, contract = None, None
-    if to != 'npz' and (tokenizer or model.tokenizer):
-        pieces = model.fitted(Tokenizer.load(tokenizer or model.tokenizer))
+    own = to != 'npz' and (Tokenizer.load(tokenizer) if tokenizer else model.own_tokenizer())
+    if own:
+        pieces = model.fitted(own)
         contract = model.contract(pieces)
     total, so_far = model.weights.nbytes, 0
 
@@ -152,7 +153,7 @@ def _write_bundle(
     source: str,
     done: Callable[[int], None],
 ) -> None:
-    if model.family == 'gemma':
+    if model.family in DECODERS:
         raise UserError(
             f'{source} is a decoder alone, and a bundle is a whole model: convert it to an .npz, and start from it '
             "with init_from.path and parts={'llm': 'llm'}"

@@ -213,7 +213,7 @@ class InitFrom:
     """Where the first weights come from. Both empty: random."""
 
     stage: str = ''  # an earlier stage of this run
-    path: str = ''  # a bundle, a checkpoint, big_vision's FILE.npz[:SUBTREE] or a Hugging Face folder
+    path: str = ''  # a bundle, a checkpoint, FILE.npz[:SUBTREE], FILE.gguf or a Hugging Face folder
     parts: dict[str, str] = field(default_factory=dict)  # our subtree: theirs; '' is the whole tree; {}: everything
     fresh: tuple[str, ...] = ()  # regexes of parameters that stay as initialised, such as a new head
     resize_position: bool = True  # resize learned position embeddings to our resolution

@@ -5,7 +5,7 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -13,6 +13,8 @@ import sentencepiece
 from big_vlm.config import UserError
 from big_vlm.data.coordinates import NUM_LOCATIONS, NUM_SEGMENTS, TOKEN
 
+UNKNOWN, USER_DEFINED = 2, 4  # SentencePiece's numbers of two kinds of pieces
+_BYTE_PAIRS = 2  # and of its model
 _REMEMBERED = 1 << 16  # texts; captions and questions repeat
 
 
@@ -58,6 +60,38 @@ class Tokenizer:
             if getattr(tokenizer, name) < 0:
                 raise UserError(f'tokenizer {path} has no {name}: choose a model that defines pad and eos')
         return tokenizer
+
+    @classmethod
+    def from_pieces(
+        cls, pieces: Iterable[tuple[str, float, int]], ids: Mapping[str, int], path: str | Path = ''
+    ) -> 'Tokenizer':
+        """Gemma's kind of tokenizer, byte pairs, of its pieces in the order of their ids.
+
+        Args:
+          pieces: (piece, score, SentencePiece's number of its kind).
+          ids: of 'pad', 'eos', 'bos' and 'unk'.
+          path: where they came from.
+
+        Raises:
+          UserError: SentencePiece makes no model of them: a piece is there twice, a kind is none of its own.
+        """
+        from sentencepiece import sentencepiece_model_pb2  # protobuf, which nothing else here needs
+
+        model = sentencepiece_model_pb2.ModelProto()
+        try:
+            for piece, score, kind in pieces:
+                model.pieces.add(piece=piece, score=score, type=kind)
+            spec, normalizer = model.trainer_spec, model.normalizer_spec
+            spec.model_type, spec.vocab_size, spec.byte_fallback = _BYTE_PAIRS, len(model.pieces), True
+            for name, i in ids.items():
+                setattr(spec, f'{name}_id', i)
+                setattr(spec, f'{name}_piece', model.pieces[i].piece)
+            # What is encoded is what was written.
+            normalizer.name, normalizer.add_dummy_prefix = 'identity', False
+            normalizer.remove_extra_whitespaces = False
+            return cls(model.SerializeToString(), str(path))
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise UserError(f'{path}: its pieces make no tokenizer ({" ".join(str(error).split())[:120]})') from None
 
     def without_locations(self) -> 'Tokenizer':
         """The same pieces alone."""

@@ -61,9 +61,18 @@ _TEXT = [
     *_linear('head', 'head'),
 ]
 
-# The norms around the sublayers, by decoder family: theirs → ours.
+# A layer's norms, by decoder family: theirs → ours. Gemma 1 calls the one before its MLP what the later ones call the
+# one after their attention.
+_NORMS_2 = {
+    'input_layernorm': 'pre_attention_norm',
+    'post_attention_layernorm': 'post_attention_norm',
+    'pre_feedforward_layernorm': 'pre_ffw_norm',
+    'post_feedforward_layernorm': 'post_ffw_norm',
+}
 _NORMS = {
     'gemma': {'input_layernorm': 'pre_attention_norm', 'post_attention_layernorm': 'pre_ffw_norm'},
+    'gemma2': _NORMS_2,
+    'gemma3_text': _NORMS_2 | {'self_attn.q_norm': 'attn/_query_norm', 'self_attn.k_norm': 'attn/_key_norm'},
 }
 
 
@@ -79,7 +88,7 @@ def siglip(image_heads: int, text_heads: int) -> list[Row]:
 
 
 def decoder(family: str, heads: int, kv_heads: int) -> list[Row]:
-    """A Gemma's decoder. Ours keeps queries, keys and values in one array where every head has its own keys."""
+    """A Gemma's decoder, 1 to 3. Ours keeps queries, keys and values in one array where every head has its own keys."""
     if heads == kv_heads:
         attention = [
             Row(f'{x}_proj.weight', '(N H) D -> N D H', f'qkv_einsum/w[{i}]') for i, x in enumerate(('q', 'k', 'v'))

@@ -6,16 +6,21 @@ import os
 import pathlib
 
 from big_vlm.config import UserError
-from big_vlm.interop import big_vision, hugging_face, pretrained, safetensors_files
+from big_vlm.interop import big_vision, gguf_gemma, hugging_face, pretrained, safetensors_files
 from big_vlm.interop.lazy import LazyWeights
 from big_vlm.interop.pretrained import Pretrained
 
 
 def format_of(path: str | os.PathLike) -> str:
-    """'npz' for FILE.npz and FILE.npz:SUBTREE, 'hugging_face' for a folder of safetensors, '' for anything else."""
+    """'npz' for FILE.npz and FILE.npz:SUBTREE, 'gguf' for FILE.gguf, 'hugging_face' for a folder of safetensors.
+
+    '' for anything else.
+    """
     if big_vision.split(path)[0].suffix == '.npz':
         return 'npz'
     folder = pathlib.Path(path).expanduser()
+    if folder.suffix == '.gguf':
+        return 'gguf'
     if safetensors_files.holds(folder):
         return 'hugging_face'
     return ''
@@ -34,8 +39,10 @@ def read(path: str | os.PathLike) -> Pretrained:
     if kind == 'npz':
         return pretrained.from_shapes(big_vision.read(path))
     folder = pathlib.Path(path).expanduser()
+    if kind == 'gguf':
+        return gguf_gemma.read(folder)
     if kind == 'hugging_face' or (folder / 'config.json').is_file():
         return hugging_face.read(folder)
     if not folder.exists():
         raise UserError(f'{path}: no such file or folder')
-    raise UserError(f'{path} is neither an .npz file nor a folder with config.json and safetensors files')
+    raise UserError(f'{path} is neither an .npz or .gguf file nor a folder with config.json and safetensors files')

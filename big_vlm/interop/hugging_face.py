@@ -17,15 +17,21 @@ from big_vlm import config
 from big_vlm.config import UserError
 from big_vlm.data.contract import Contract
 from big_vlm.data.tokenizer import Tokenizer
-from big_vlm.interop import families, hugging_face_config, hugging_face_tokenizer, pretrained, rows, safetensors_files
+from big_vlm.interop import (
+    families,
+    hugging_face_config,
+    hugging_face_decoder,
+    hugging_face_tokenizer,
+    pretrained,
+    rows,
+    safetensors_files,
+)
 from big_vlm.interop.lazy import LazyWeights, check_names, with_rows
 from big_vlm.interop.pretrained import Pretrained
 from big_vlm.models import gemma, vit
 
 # Version 5's names → the published ones. The first that matches is applied.
 _SPELLINGS = {
-    'siglip': (),
-    'gemma': (),
     'paligemma': (
         (r'(?:model\.)?vision_tower\.(?:vision_model\.)?(.*)', r'vision_tower.vision_model.\1'),
         (r'model\.multi_modal_projector\.(.*)', r'multi_modal_projector.\1'),
@@ -35,7 +41,7 @@ _SPELLINGS = {
 }
 # family → (the unembedding that a file may repeat, the token table it has to equal).
 _TIED = {
-    'gemma': ('lm_head.weight', 'model.embed_tokens.weight'),
+    **dict.fromkeys(pretrained.DECODERS, ('lm_head.weight', 'model.embed_tokens.weight')),
     'paligemma': ('language_model.lm_head.weight', 'language_model.model.embed_tokens.weight'),
 }
 _OF_NO_USE = re.compile(r'.*\.(?:position_ids|rotary_emb\.inv_freq)')  # buffers of old releases
@@ -98,7 +104,7 @@ def write(
         )
     theirs = rows.to_theirs(table, model.weights)
     if model.family == 'paligemma':
-        theirs = with_rows(theirs, _token_table(model.family), hugging_face_config.padded(model.vocab_size))
+        theirs = with_rows(theirs, _token_table(model.family), hugging_face_decoder.padded(model.vocab_size))
     part = folder.with_name(f'.{folder.name}.part')
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -128,7 +134,8 @@ def table_of(family: str, model: config.Model) -> list[rows.Row]:
     ).sizes
     heads = sizes['num_heads'], sizes['num_kv_heads']
     if family == 'paligemma':
-        return families.paligemma(image['num_heads'], families.decoder('gemma', *heads))
+        rest = families.decoder(pretrained.decoder_family(model.decoder.variant), *heads)
+        return families.paligemma(image['num_heads'], rest)
     return families.gemma(family, *heads)
 
 
@@ -145,7 +152,7 @@ def _published_names(weights: LazyWeights, family: str) -> LazyWeights:
         if _OF_NO_USE.fullmatch(name):
             continue
         new = name
-        for pattern, spelling in _SPELLINGS[family]:
+        for pattern, spelling in _SPELLINGS.get(family, ()):
             if re.fullmatch(pattern, name):
                 new = re.sub(pattern, spelling, name)
                 break

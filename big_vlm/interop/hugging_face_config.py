@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from big_vlm import config
 from big_vlm.config import UserError, unknown
 from big_vlm.data.contract import Contract
-from big_vlm.interop import pretrained
+from big_vlm.interop import hugging_face_decoder, pretrained
+from big_vlm.interop.hugging_face_keys import fixed, sizes, their_sizes
 from big_vlm.interop.pretrained import Pretrained
 from big_vlm.models import gemma, vit
 
@@ -25,24 +26,9 @@ _VISION = {
     'intermediate_size': ('mlp_dim', 3072),
     'num_attention_heads': ('num_heads', 12),
 }
-_DECODER = {
-    'hidden_size': ('width', 3072),
-    'num_hidden_layers': ('depth', 28),
-    'intermediate_size': ('mlp_dim', 24_576),
-    'num_attention_heads': ('num_heads', 16),
-    'num_key_value_heads': ('num_kv_heads', 16),
-    'head_dim': ('head_dim', 256),
-}
-# Their key → the values under which our models compute the same; the first is what an absent key means.
+# Their key → the values under which our models compute the same.
 _ENCODER_FIXED = {'hidden_act': ('gelu_pytorch_tanh',), 'layer_norm_eps': (1e-6,)}
-_DECODER_FIXED = {
-    'hidden_act': ('gelu_pytorch_tanh', 'gelu'),  # 'gelu' in a Gemma 1 config means the tanh one
-    'hidden_activation': (None, 'gelu_pytorch_tanh'),
-    'rms_norm_eps': (1e-6,),
-    'attention_bias': (False,),
-    'rope_scaling': (None,),
-}
-_ROPE_FIXED = {'rope_theta': (10_000.0,), 'rope_type': ('default',)}
+PALIGEMMA_DECODERS = ('gemma', 'gemma2')  # those of PaliGemma 1 and 2
 _RESAMPLE = {2: 'bilinear', 3: 'bicubic'}  # Pillow's numbers
 
 
@@ -62,7 +48,7 @@ def read(folder: pathlib.Path) -> Settings:
     where = folder / 'config.json'
     content = read_json(where)
     family = content.get('model_type')
-    readers = {'siglip': _siglip, 'paligemma': _paligemma, 'gemma': _gemma}
+    readers = {'siglip': _siglip, 'paligemma': _paligemma} | dict.fromkeys(pretrained.DECODERS, _gemma)
     if family not in readers:
         raise unknown('model_type', str(family), readers, str(where))
     try:
@@ -90,25 +76,26 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
 def _siglip(content: Mapping[str, Any], where: pathlib.Path) -> Settings:
     text, vision = content.get('text_config') or {}, content.get('vision_config') or {}
     image, image_size = _image_tower(vision, f'{where}: vision_config', head=True)
-    _fixed(text, _ENCODER_FIXED, f'{where}: text_config')
-    sizes = _sizes(text, _VISION)
+    fixed(text, _ENCODER_FIXED, f'{where}: text_config')
+    tower = sizes(text, _VISION)
     # Without a projection_size the head keeps the text tower's width.
-    embed_dim = text.get('projection_size') or sizes['width']
-    width = _sizes(vision, _VISION)['width']
+    embed_dim = text.get('projection_size') or tower['width']
+    width = sizes(vision, _VISION)['width']
     if embed_dim != width:
         raise UserError(f'{where}: texts of {embed_dim} and images of {width} numbers cannot be compared')
     rows = int(text.get('vocab_size', 32_000))
-    model = config.Model(image=image, text=pretrained.text_tower(**sizes))
+    model = config.Model(image=image, text=pretrained.text_tower(**tower))
     settings = config.Contract(image_size=image_size, text_length=int(text.get('max_position_embeddings', 64)))
     return Settings('siglip', model, settings, rows, rows)
 
 
 def _paligemma(content: Mapping[str, Any], where: pathlib.Path) -> Settings:
     text, vision = content.get('text_config') or {}, content.get('vision_config') or {}
-    if text.get('model_type', 'gemma') != 'gemma':
-        raise unknown('text_config.model_type', str(text['model_type']), ['gemma'], str(where))
+    family = text.get('model_type', 'gemma')
+    if family not in PALIGEMMA_DECODERS:
+        raise unknown('text_config.model_type', str(family), PALIGEMMA_DECODERS, str(where))
     image, image_size = _image_tower(vision, f'{where}: vision_config', head=False)
-    decoder = _decoder(text, where)
+    decoder = hugging_face_decoder.read(text, family, f'{where}: text_config')
     rows = int(text.get('vocab_size', 256_000))
     # `<image>` is the first id beyond the tokens; it and the padding after it are no part of our table.
     tokens = min(int(content.get('image_token_index', content.get('image_token_id', rows))), rows)
@@ -119,34 +106,20 @@ def _paligemma(content: Mapping[str, Any], where: pathlib.Path) -> Settings:
 
 
 def _gemma(content: Mapping[str, Any], where: pathlib.Path) -> Settings:
-    rows = int(content.get('vocab_size', 256_000))
-    model = config.Model(decoder=_decoder(content, where))
-    return Settings('gemma', model, config.Contract(lower=False), rows, rows)
+    family = content['model_type']
+    # Under a PaliGemma it says what is always so; alone, it makes an encoder.
+    fixed(content, {'use_bidirectional_attention': (False, None)}, str(where))
+    rows = int(content.get('vocab_size', hugging_face_decoder.ROWS[family]))
+    model = config.Model(decoder=hugging_face_decoder.read(content, family, str(where)))
+    return Settings(family, model, config.Contract(lower=False), rows, rows)
 
 
 def _image_tower(vision: Mapping[str, Any], where: str, head: bool) -> tuple[config.ImageTower, int]:
-    _fixed(vision, _ENCODER_FIXED | {'num_channels': (3,)}, where)
+    fixed(vision, _ENCODER_FIXED | {'num_channels': (3,)}, where)
     if vision.get('vision_use_head', True) != head:
         raise UserError(f'{where}: vision_use_head must be {str(head).lower()} for this family')
     patch, size = int(vision.get('patch_size', 16)), int(vision.get('image_size', 224))
-    return pretrained.image_tower(patch, pool='map' if head else 'none', **_sizes(vision, _VISION)), size
-
-
-def _decoder(text: Mapping[str, Any], where: pathlib.Path) -> config.Decoder:
-    _fixed(text, _DECODER_FIXED, str(where))
-    _fixed({**text, **(text.get('rope_parameters') or {})}, _ROPE_FIXED, str(where))
-    return pretrained.decoder(pretrained.GEMMA_NAMES, **_sizes(text, _DECODER))
-
-
-def _sizes(section: Mapping[str, Any], keys: Mapping[str, tuple[str, int]]) -> dict[str, int]:
-    return {ours: int(section.get(theirs, default)) for theirs, (ours, default) in keys.items()}
-
-
-def _fixed(section: Mapping[str, Any], keys: Mapping[str, tuple[Any, ...]], where: str) -> None:
-    for key, accepted in keys.items():
-        value = section.get(key, accepted[0])
-        if value not in accepted:
-            raise UserError(f'{where}: {key} is {value!r}, and this family is computed with {accepted[0]!r} here')
+    return pretrained.image_tower(patch, pool='map' if head else 'none', **sizes(vision, _VISION)), size
 
 
 def _pixels(folder: pathlib.Path, settings: config.Contract) -> config.Contract:
@@ -199,15 +172,15 @@ def describe(model: Pretrained, contract: Contract | None) -> dict[str, dict[str
         ids = {'pad_token_id': contract.pad_id, 'eos_token_id': contract.eos_id}
         ids['bos_token_id'] = contract.bos_id if contract.bos_id >= 0 else None
     head = {'dtype': dtype}
-    if model.family == 'gemma':
-        return {'config.json': {'architectures': ['GemmaForCausalLM'], **head, **_their_decoder(model), **ids}}
-    vision = _their_sizes(_VISION, vit.ViT(**dataclasses.asdict(image)).sizes)
+    if model.family in pretrained.DECODERS:
+        return {'config.json': head | hugging_face_decoder.describe(model, model.vocab_size) | ids}
+    vision = their_sizes(_VISION, vit.ViT(**dataclasses.asdict(image)).sizes)
     patch = vit.decode_variant(image.variant)['patch_size']
     vision |= {'model_type': 'siglip_vision_model', 'image_size': settings.image_size, 'patch_size': patch}
     vision |= {'hidden_act': 'gelu_pytorch_tanh', 'layer_norm_eps': 1e-6, 'num_channels': 3}
     tokens = (settings.image_size // patch) ** 2
     if model.family == 'siglip':
-        text = _their_sizes(_VISION, vit.resolve(sections.text.variant, **_given(sections.text)))
+        text = their_sizes(_VISION, vit.resolve(sections.text.variant, **_given(sections.text)))
         text |= {'model_type': 'siglip_text_model', 'vocab_size': model.vocab_size}
         text |= {'max_position_embeddings': settings.text_length, 'projection_size': vision['hidden_size']}
         text |= {'hidden_act': 'gelu_pytorch_tanh', 'layer_norm_eps': 1e-6, **ids}
@@ -216,7 +189,8 @@ def describe(model: Pretrained, contract: Contract | None) -> dict[str, dict[str
         content |= {'text_config': text, 'vision_config': vision}
         return {'config.json': content, 'preprocessor_config.json': _processor(settings, 'SiglipProcessor')}
     width = gemma.Gemma(**dataclasses.asdict(decoder)).sizes['width']
-    text = _their_decoder(model) | {'num_image_tokens': tokens, **ids}
+    text = hugging_face_decoder.describe(model, hugging_face_decoder.padded(model.vocab_size))
+    text |= {'num_image_tokens': tokens, **ids}
     vision |= {'vision_use_head': False, 'projection_dim': width}
     content = {'architectures': ['PaliGemmaForConditionalGeneration'], 'model_type': 'paligemma', **head, **ids}
     content |= {'image_token_index': model.vocab_size, 'vocab_size': model.vocab_size}
@@ -224,30 +198,6 @@ def describe(model: Pretrained, contract: Contract | None) -> dict[str, dict[str
     content |= {'text_config': text, 'vision_config': vision}
     processor = _processor(settings, 'PaliGemmaProcessor') | {'image_seq_length': tokens}
     return {'config.json': content, 'preprocessor_config.json': processor}
-
-
-def padded(vocab_size: int, multiple: int = 64) -> int:
-    """Rows of a PaliGemma's token table: room for `<image>`, rounded up. 257,152 → 257,216."""
-    return -(-(vocab_size + 1) // multiple) * multiple
-
-
-def _their_decoder(model: Pretrained) -> dict[str, Any]:
-    sizes = gemma.Gemma(**dataclasses.asdict(model.model.decoder)).sizes
-    rows = padded(model.vocab_size) if model.family == 'paligemma' else model.vocab_size
-    return {
-        'model_type': 'gemma',
-        **_their_sizes(_DECODER, sizes),
-        'hidden_act': 'gelu_pytorch_tanh',
-        'rms_norm_eps': 1e-6,
-        'rope_theta': 10_000.0,
-        'max_position_embeddings': 8192,
-        'tie_word_embeddings': True,
-        'vocab_size': rows,
-    }
-
-
-def _their_sizes(keys: Mapping[str, tuple[str, int]], sizes: Mapping[str, int]) -> dict[str, int]:
-    return {theirs: sizes[ours] for theirs, (ours, _) in keys.items()}
 
 
 def _given(tower: config.TextTower | config.ImageTower) -> dict[str, int]:
@@ -275,7 +225,7 @@ def _expressible(model: Pretrained) -> None:
     """Raises UserError for settings under which transformers would compute something else."""
     sections = model.model
     needs = []
-    if model.family != 'gemma':
+    if model.family not in pretrained.DECODERS:
         needs.append(('model.image.position', sections.image.position, 'learn'))
     if model.family == 'siglip':
         width = vit.ViT(**dataclasses.asdict(sections.image)).sizes['width']
@@ -286,8 +236,12 @@ def _expressible(model: Pretrained) -> None:
             ('model.embed_dim', sections.embed_dim or width, width),
         ]
     else:
-        needs.append(('model.decoder.final_softcap', sections.decoder.final_softcap, 0.0))
         needs.append(('model.projector', sections.projector, 'linear'))
+        family = pretrained.decoder_family(sections.decoder.variant)
+        if family == 'gemma':
+            needs.append(('model.decoder.final_softcap', sections.decoder.final_softcap, 0.0))
+        if model.family == 'paligemma' and family not in PALIGEMMA_DECODERS:
+            needs.append(('the family of model.decoder.variant', family, ' or '.join(PALIGEMMA_DECODERS)))
     for key, value, needed in needs:
         if value != needed:
             raise UserError(

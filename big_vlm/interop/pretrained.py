@@ -18,15 +18,17 @@ from big_vlm.data.coordinates import NUM_LOCATIONS, NUM_SEGMENTS
 from big_vlm.data.tokenizer import Tokenizer
 from big_vlm.interop.lazy import LazyWeights, check_names
 from big_vlm.models import gemma, paligemma, two_towers, vit
+from big_vlm.models.gemma_variants import VARIANTS
 
 Model = two_towers.TwoTowers | paligemma.PaliGemma | gemma.Gemma
 
 TOWERS = ('siglip',)  # families that are dual encoders
-DECODERS = ('gemma',)  # families of a decoder alone
+DECODERS = ('gemma', 'gemma2', 'gemma3_text')  # families of a decoder alone, under Hugging Face's names
 POSITION, TOKENS = 'img/pos_embedding', {'txt': 'txt/Embed_0/embedding', 'llm': 'llm/embedder/input_embedding'}
 
 # (patch size, patches) → pixels, where patches do not cover the published image: 384 px hold 27 patches of 14.
 _IMAGE_SIZES = {(14, 27 * 27): 384}
+_CONTEXT = 8192  # tokens that Gemma 2 was trained with: a window of so many cuts nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +36,12 @@ class Pretrained:
     """Everything but the tokenizer's pieces.
 
     Attributes:
-      family: 'siglip', 'paligemma' or 'gemma'.
+      family: 'siglip', 'paligemma' (1 and 2), or one of DECODERS.
       model: the sizes, as a config says them.
       settings: the preprocessing, as a config says it.
       vocab_size: rows of the token table.
       weights: under our names: 'img/…', 'txt/…', 'llm/…', 't', 'b'.
-      tokenizer: the SentencePiece file that came with it, if any.
+      tokenizer: what came with it: a SentencePiece file, a tokenizer, or None.
     """
 
     family: str
@@ -47,7 +49,7 @@ class Pretrained:
     settings: config.Contract
     vocab_size: int
     weights: LazyWeights
-    tokenizer: pathlib.Path | None = None
+    tokenizer: pathlib.Path | Tokenizer | None = None
 
     @property
     def task(self) -> str:
@@ -59,6 +61,10 @@ class Pretrained:
         return config.Stage(
             task=self.task, model=self.model, contract=self.settings, init_from=config.InitFrom(path=source)
         )
+
+    def own_tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that came with it. Raises UserError if that is none."""
+        return Tokenizer.load(self.tokenizer) if isinstance(self.tokenizer, pathlib.Path) else self.tokenizer
 
     def contract(self, tokenizer: Tokenizer) -> Contract:
         """The preprocessing contract. Raises UserError if the tokenizer's vocabulary is not the token table's."""
@@ -123,7 +129,8 @@ def from_shapes(weights: LazyWeights) -> Pretrained:
     """The model that weights under our names belong to, its sizes read off their shapes.
 
     What shapes cannot say is big_vision's: bilinear resize without antialias, pixels in −1..1, lower case for two
-    towers, pooling of the last text position.
+    towers, pooling of the last text position, output logits without a cap and, in a PaliGemma, no windows. A Gemma 2
+    or 3 of sizes that were never published has the window and scales of the smallest one.
 
     Raises:
       UserError: no model of ours, or weights missing, unexpected or misshapen.
@@ -133,7 +140,7 @@ def from_shapes(weights: LazyWeights) -> Pretrained:
     family = {
         frozenset({'img', 'txt', 't', 'b'}): 'siglip',
         frozenset({'img', 'llm'}): 'paligemma',
-        frozenset({'llm'}): 'gemma',
+        frozenset({'llm'}): _decoder_family(shapes),
     }.get(frozenset(tops))
     if family is None:
         raise UserError(
@@ -151,8 +158,9 @@ def from_shapes(weights: LazyWeights) -> Pretrained:
             )
             text_length, rows = shapes['txt/pos_embedding'][1], shapes[TOKENS['txt']][0]
         else:
-            model = dataclasses.replace(model, decoder=_decoder(shapes))
             text_length, rows = paligemma_text_length(image_size), shapes[TOKENS['llm']][0]
+            slots = shapes[POSITION][1] + text_length if 'img' in tops else 0
+            model = dataclasses.replace(model, decoder=_decoder(shapes, slots))
     except KeyError as error:
         raise UserError(f'{weights.where} is not a {family}: {error.args[0]} is missing') from None
     except (IndexError, ValueError, ZeroDivisionError):
@@ -190,15 +198,25 @@ def decoder(names: tuple[str, ...], **sizes: int) -> config.Decoder:
     return config.Decoder(variant=name, **rest)
 
 
+def decoder_family(variant: str) -> str:
+    """'gemma2_9b' → 'gemma2', one of DECODERS."""
+    name = variant.split('_')[0]
+    return 'gemma3_text' if name == 'gemma3' else name
+
+
+def variants(family: str) -> tuple[str, ...]:
+    """The published decoders of a family, the smallest first."""
+    return tuple(name for name in VARIANTS if decoder_family(name) == family)
+
+
 _VIT_NAMES = ('mu', 'Ti', 'S', 'M', 'B', 'L', 'So400m', 'H', 'g', 'g-opt', 'G', 'G-opt', 'e')
-GEMMA_NAMES = ('gemma_2b', 'gemma_7b')
 
 
 def _named(decode, names, sizes):
-    """(variant, the sizes that it does not say)."""
+    """(variant, the sizes that it does not say); what `sizes` leaves out is the variant's."""
     for name in names:
         variant = decode(name)
-        if variant.items() <= sizes.items():
+        if all(sizes.get(key, size) == size for key, size in variant.items()):
             return name, {key: size for key, size in sizes.items() if key not in variant}
     return names[0], sizes
 
@@ -230,11 +248,21 @@ def _embed_dim(shapes: Mapping[str, tuple[int, ...]], width: int) -> int:
     return 0 if embed_dim == width else embed_dim
 
 
-def _decoder(shapes: Mapping[str, tuple[int, ...]]) -> config.Decoder:
+def _decoder_family(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    if 'llm/layers/attn/_query_norm/scale' in shapes:
+        return 'gemma3_text'
+    return 'gemma2' if 'llm/layers/post_ffw_norm/scale' in shapes else 'gemma'
+
+
+def _decoder(shapes: Mapping[str, tuple[int, ...]], slots: int) -> config.Decoder:
+    """`slots`: of a PaliGemma's rows, which no window cuts; 0 for a decoder alone."""
     depth, heads, head_dim, width = shapes['llm/layers/attn/attn_vec_einsum/w']
     kv_heads = heads
     if 'llm/layers/attn/kv_einsum/w' in shapes:
         kv_heads = shapes['llm/layers/attn/kv_einsum/w'][2]
     mlp_dim = shapes['llm/layers/mlp/linear'][1]
     sizes = dict(width=width, depth=depth, mlp_dim=mlp_dim, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
-    return decoder(GEMMA_NAMES, **sizes)
+    found = decoder(variants(_decoder_family(shapes)), **sizes)
+    # Where it makes no difference, the published window is kept: others write it too.
+    window = gemma.decode_variant(found.variant)['window']
+    return dataclasses.replace(found, window=_CONTEXT) if 0 < window < slots else found

@@ -102,7 +102,7 @@ def _check_contract(part: str, ours: config.Contract, theirs: config.Contract | 
 
 
 def _own_tokenizer(folder: pathlib.Path) -> pathlib.Path:
-    """Where a bundle or a Hugging Face folder keeps it; an .npz has none."""
+    """Where a bundle or a Hugging Face folder keeps it; a file has none beside it."""
     return interop.find_tokenizer(folder) or folder / 'tokenizer.model'
 
 

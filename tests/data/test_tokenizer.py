@@ -123,3 +123,17 @@ def test_gemma():
     assert gemma.piece(gemma.encode('red')[0]) == 'red' and gemma.piece(gemma.encode(' red')[0]) == '▁red'
     for text in [*TEXTS, *TRICKY]:
         assert gemma.decode(gemma.encode(text)) == text
+
+
+def test_a_tokenizer_is_its_pieces(trained):
+    """Kinds: 1 normal, 2 unknown, 3 control, 4 user-defined, 6 byte. Scores: the earlier merge first."""
+    texts = [trained.piece(i) for i in range(trained.base)]
+    kinds = [3, 3, 3, 2, 4, *(6 if text.startswith('<0x') else 1 for text in texts[5:])]
+    pieces = [(text, -float(i), kind) for i, (text, kind) in enumerate(zip(texts, kinds, strict=True))]
+    ids = {'pad': 0, 'eos': 1, 'bos': 2, 'unk': 3}
+    again = Tokenizer.from_pieces(pieces, ids, 'here')
+    assert (again.pad_id, again.eos_id, again.bos_id, again.base) == (0, 1, 2, trained.base)
+    for text in TEXTS + TRICKY:
+        assert again.encode(text) == trained.encode(text)
+    with pytest.raises(UserError, match='here: its pieces make no tokenizer'):
+        Tokenizer.from_pieces([*pieces, pieces[-1]], ids, 'here')

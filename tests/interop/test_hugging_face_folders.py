@@ -15,15 +15,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from big_vlm import interop
+from big_vlm import config, interop
 from big_vlm.checkpoints import trees
 from big_vlm.config import UserError
-from big_vlm.interop import big_vision, hugging_face, safetensors_files
+from big_vlm.interop import big_vision, hugging_face, pretrained, safetensors_files
 from big_vlm.interop.lazy import LazyWeights
 from big_vlm.models import gemma
 
 GOLDENS = Path(__file__).parents[1] / 'goldens'
-NAMES = ('siglip', 'siglip2', 'paligemma', 'gemma')
+DECODERS = ('gemma', 'gemma2', 'gemma3')
+PALIGEMMAS = ('paligemma', 'paligemma2')
+NAMES = ('siglip', 'siglip2', *PALIGEMMAS, *DECODERS)
 TOLERANCE = 2e-5
 
 
@@ -53,8 +55,9 @@ def test_siglip_computes_what_transformers_does(name):
     close(zimg @ ztxt.T * jnp.exp(weights['t']) + weights['b'], golden['logits'])
 
 
-def test_paligemma_computes_what_transformers_does():
-    model, golden = interop.read(GOLDENS / 'paligemma'), outputs('paligemma')
+@pytest.mark.parametrize('name', PALIGEMMAS)
+def test_paligemma_computes_what_transformers_does(name):
+    model, golden = interop.read(GOLDENS / name), outputs(name)
     text, suffix = golden['text'], golden['suffix']
     position = np.broadcast_to(np.arange(text.shape[1], dtype=np.int32), text.shape)
     rows = text, np.ones_like(text), position, suffix
@@ -66,8 +69,9 @@ def test_paligemma_computes_what_transformers_does():
     close(logits, golden['logits'])
 
 
-def test_gemma_computes_what_transformers_does():
-    model, golden = interop.read(GOLDENS / 'gemma'), outputs('gemma')
+@pytest.mark.parametrize('name', DECODERS)
+def test_gemma_computes_what_transformers_does(name):
+    model, golden = interop.read(GOLDENS / name), outputs(name)
     decoder, llm, text = model.build(), params(model)['llm'], golden['text']
     position = np.broadcast_to(np.arange(9, dtype=np.int32), (2, 9))
     mask = np.broadcast_to(np.tril(np.ones((9, 9), bool)), (2, 9, 9))
@@ -93,6 +97,12 @@ def test_what_config_json_and_its_neighbours_say():
     assert (paligemma.vocab_size, paligemma.weights.shapes['llm/embedder/input_embedding'].shape) == (1452, (1452, 16))
     assert not paligemma.settings.lower and paligemma.model.image.pool == 'none'
     assert paligemma.tokenizer == GOLDENS / 'paligemma' / 'tokenizer.model'
+    gemma2, gemma3 = (interop.read(GOLDENS / name) for name in ('gemma2', 'gemma3'))
+    assert (gemma2.family, gemma3.family) == ('gemma2', 'gemma3_text')
+    # The 27B scales queries by the width, the 4B divides positions: what the sizes do not say, the variant does.
+    assert (gemma2.model.decoder.variant, gemma3.model.decoder.variant) == ('gemma2_27b', 'gemma3_4b')
+    assert (gemma2.model.decoder.window, gemma2.model.decoder.final_softcap) == (4, 0.05)
+    assert interop.read(GOLDENS / 'paligemma2').model.decoder == gemma2.model.decoder
 
 
 def test_published_configs_with_nothing_but_defaults(tmp_path):
@@ -107,15 +117,84 @@ def test_published_configs_with_nothing_but_defaults(tmp_path):
     assert (settings.contract.resample, settings.contract.value_range) == ('bilinear', (0.0, 1.0))
 
 
+G2 = {'model_type': 'gemma2'}
+G3 = {'model_type': 'gemma3_text', 'hidden_size': 640, 'num_hidden_layers': 18, 'intermediate_size': 2048}
+G3 |= {'num_attention_heads': 4, 'num_key_value_heads': 1, 'sliding_window': 512}
+G3_4B = {'hidden_size': 2560, 'num_hidden_layers': 34, 'intermediate_size': 10_240, 'num_attention_heads': 8}
+G3_4B |= {'model_type': 'gemma3_text', 'num_key_value_heads': 4, 'sliding_window': 1024}
+SCALED = {'rope_type': 'linear', 'factor': 8.0}
+
+
+@pytest.mark.parametrize(
+    ('content', 'variant'),
+    [
+        ({'model_type': 'gemma'}, 'gemma_7b'),
+        (G2, 'gemma2_2b'),
+        (G2 | {'layer_types': None, 'rope_theta': 10_000, 'cache_implementation': 'hybrid'}, 'gemma2_2b'),
+        (G3 | {'rope_theta': 1e6, 'rope_local_base_freq': 1e4, 'rope_scaling': None}, 'gemma3_270m'),
+        (G3 | {'sliding_window_pattern': 6}, 'gemma3_270m'),
+        (G3_4B | {'rope_scaling': SCALED}, 'gemma3_4b'),
+        (G3_4B | {'rope_parameters': {'full_attention': SCALED | {'rope_theta': 1e6}}}, 'gemma3_4b'),
+    ],
+)
+def test_published_decoders_by_their_names(tmp_path, content, variant):
+    (tmp_path / 'config.json').write_text(json.dumps(content))
+    settings = hugging_face.hugging_face_config.read(tmp_path)
+    softcap = 30.0 if variant == 'gemma2_2b' else 0.0
+    assert settings.model.decoder == config.Decoder(variant=variant, final_softcap=softcap), 'the variant says the rest'
+    assert settings.vocab_size == {'gemma3': 262_208}.get(variant[:6], 256_000)
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        (G2 | {'attn_logit_softcapping': None}, 'attn_logit_softcapping is None'),
+        (G2 | {'query_pre_attn_scalar': 100}, 'is 100: must be head_dim, 256, or .* 288'),
+        (G2 | {'sliding_window': 0}, 'sliding_window is 0'),
+        (G2 | {'layer_types': ['full_attention'] * 26}, 'layer_types must be 1 of sliding_attention to one of full'),
+        (G2 | {'rope_scaling': SCALED}, 'rope_scaling is .*factor'),
+        (G3 | {'sliding_window_pattern': 4}, 'sliding_window_pattern is 4'),
+        (G3 | {'use_bidirectional_attention': True}, 'use_bidirectional_attention is True'),
+        (G3 | {'rope_local_base_freq': 1e5}, 'local layers: rope_theta is 100000.0'),
+        (G3 | {'rope_scaling': SCALED | {'factor': 4.0}}, 'of base 1e.06 divided by 4 .* no published Gemma'),
+        (G3 | {'rope_scaling': {'rope_type': 'yarn', 'factor': 4.0}}, "rope_type is 'yarn'"),
+    ],
+)
+def test_decoders_that_are_computed_otherwise_are_refused(tmp_path, content, message):
+    (tmp_path / 'config.json').write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message) as error:
+        hugging_face.hugging_face_config.read(tmp_path)
+    assert '\n' not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize('name', ['gemma2', 'gemma3', 'paligemma2'])
+def test_what_is_written_reads_as_the_same_model(tmp_path, name):
+    model = interop.read(GOLDENS / name)
+    hugging_face.write(tmp_path / 'folder', model)
+    assert interop.read(tmp_path / 'folder').model == model.model
+
+
+def test_big_visions_paligemma_2_has_no_window(tmp_path):
+    """The published one is kept where the row is shorter; its output logits have no cap."""
+    model = interop.read(GOLDENS / 'paligemma2')
+    big_vision.write(tmp_path / 'x.npz', model.weights)
+    decoder = interop.read(tmp_path / 'x.npz').model.decoder
+    assert (decoder.variant, decoder.window, decoder.final_softcap) == ('gemma2_2b', 0, 0.0)
+    shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in model.weights.shapes.items()}
+    # 896 pixels of patches of 14: 4096 patches, as many as the window.
+    shapes['img/pos_embedding'] = jax.ShapeDtypeStruct((1, 4096, 16), np.float32)
+    assert pretrained.from_shapes(LazyWeights(shapes, None, 'here')).model.decoder.window == 8192
+
+
 @pytest.mark.parametrize(
     ('decoder', 'sections', 'message'),
     [
         (
-            {'variant': 'gemma2_2b'},
+            {'variant': 'gemma3_1b'},
             {},
-            r'no place for llm/layers/post_attention_norm/scale, .*post_ffw_norm/scale: write',
+            r"decoder.variant is 'gemma3_text', .*'gemma or gemma2': write an \.npz instead",
         ),
-        ({'variant': 'gemma3_1b'}, {}, r'no place for llm/layers/attn/_key_norm/scale, .*: write an \.npz instead'),
+        ({'final_softcap': 30.0}, {}, r'final_softcap is 30\.0, .*: write an \.npz instead'),
         ({}, {'projector': 'cls'}, r"model\.projector is 'cls', .*: write an \.npz instead"),
     ],
 )
@@ -199,9 +278,10 @@ def version_5_in_memory(key):
 
 
 @pytest.mark.parametrize('rename', [version_4, version_5_in_memory])
-def test_names_of_both_versions(tmp_path, rename):
-    folder = rewritten(tmp_path, 'paligemma', rename)
-    got, expected = interop.read(folder).weights, interop.read(GOLDENS / 'paligemma').weights
+@pytest.mark.parametrize('name', PALIGEMMAS)
+def test_names_of_both_versions(tmp_path, name, rename):
+    folder = rewritten(tmp_path, name, rename)
+    got, expected = interop.read(folder).weights, interop.read(GOLDENS / name).weights
     assert got.shapes == expected.shapes
     for name in got.shapes:
         np.testing.assert_array_equal(got.read(name), expected.read(name))
@@ -272,6 +352,7 @@ def tensors(change):
     return make
 
 
+POST = 'language_model.model.layers.2.post_feedforward_layernorm.weight'
 BIAS = 'vision_model.post_layernorm.bias'
 
 
@@ -281,13 +362,22 @@ BIAS = 'vision_model.post_layernorm.bias'
         (
             'gemma',
             lambda f: change_config(f, model_type='llama'),
-            "unknown model_type 'llama'.*valid: gemma, paligemma",
+            "unknown model_type 'llama'.*valid: gemma, gemma2, gemma3_text, paligemma",
         ),
         ('gemma', lambda f: change_config(f, model_type='siglip'), 'not the siglip that its config.json describes'),
         ('gemma', lambda f: change_config(f, num_hidden_layers='two'), 'damaged'),
         ('gemma', lambda f: change_config(f, rms_norm_eps=1e-5), 'rms_norm_eps is 1e-05'),
         ('gemma', lambda f: change_config(f, rope_parameters={'rope_theta': 5e5}), 'rope_theta is 500000.0'),
         ('gemma', lambda f: change_config(f, vocab_size=299), r'of another shape .*\[300, 16\] instead of \[299, 16\]'),
+        ('gemma2', lambda f: change_config(f, model_type='gemma3_text'), 'no published Gemma is computed so'),
+        ('gemma2', lambda f: change_config(f, model_type='gemma'), r'6 missing|9 not expected|not expected'),
+        ('gemma3', lambda f: change_config(f, model_type='gemma2'), 'attn_logit_softcapping is None'),
+        (
+            'paligemma2',
+            lambda f: change_section(f, 'text_config', model_type='gemma3_text'),
+            "unknown text_config.model_type 'gemma3_text'.*Valid: gemma, gemma2",
+        ),
+        ('paligemma2', tensors(lambda t: t.pop(POST)), '1 missing .*post_feedforward_layernorm'),
         ('siglip', lambda f: change_section(f, 'vision_config', hidden_act='gelu'), "hidden_act is 'gelu'"),
         ('siglip', lambda f: (f / 'config.json').unlink(), 'config.json: cannot be read'),
         ('siglip', lambda f: (f / 'config.json').write_text('{'), 'config.json: damaged'),
@@ -328,5 +418,5 @@ def test_pixels_that_the_contract_cannot_say_are_refused(tmp_path, content, mess
 def test_neither_file_nor_folder(tmp_path):
     with pytest.raises(UserError, match='no such file or folder'):
         interop.read(tmp_path / 'nowhere')
-    with pytest.raises(UserError, match='neither an .npz file nor a folder'):
+    with pytest.raises(UserError, match='neither an .npz or .gguf file nor a folder'):
         interop.read(tmp_path)

@@ -20,7 +20,10 @@ CLASSES = {
     'siglip': transformers.SiglipModel,
     'siglip2': transformers.SiglipModel,
     'paligemma': transformers.PaliGemmaForConditionalGeneration,
+    'paligemma2': transformers.PaliGemmaForConditionalGeneration,
     'gemma': transformers.GemmaForCausalLM,
+    'gemma2': transformers.Gemma2ForCausalLM,
+    'gemma3': transformers.Gemma3ForCausalLM,
 }
 TEXTS = ('a red three', 'two  blue circles', '\nwhat is green ?')
 
@@ -30,7 +33,7 @@ def exported(tmp_path_factory):
     """Each golden → ours → a folder; the whole models by way of a bundle, with pixels and tokenizer."""
     top = tmp_path_factory.mktemp('exported')
     for name in CLASSES:
-        if name == 'gemma':
+        if name.startswith('gemma'):
             hugging_face.write(top / name, interop.read(GOLDENS / name))
         else:
             bundle.convert(GOLDENS / name, top / f'{name}_bundle')
@@ -52,7 +55,7 @@ def run(model, name):
         if name.startswith('siglip'):
             out = model(input_ids=text, pixel_values=pixels)
             return dict(logits=out.logits_per_image, image_embeds=out.image_embeds, text_embeds=out.text_embeds)
-        if name == 'gemma':
+        if name.startswith('gemma'):
             return dict(logits=model(text).logits)
         tokens = golden['logits'].shape[-1]
         out = model(
@@ -80,7 +83,7 @@ def test_the_goldens_are_what_transformers_computes(name):
         np.testing.assert_allclose(value, golden[key], rtol=0, atol=1e-6 * np.abs(golden[key]).max(), err_msg=key)
 
 
-@pytest.mark.parametrize('name', ['siglip', 'siglip2', 'paligemma'])
+@pytest.mark.parametrize('name', ['siglip', 'siglip2', 'paligemma', 'paligemma2'])
 def test_texts_become_the_same_ids(exported, name):
     theirs = transformers.AutoTokenizer.from_pretrained(exported / name)
     model = interop.read(exported / name)
@@ -89,7 +92,7 @@ def test_texts_become_the_same_ids(exported, name):
     # SigLIP 1's tokenizer strips punctuation and folds spaces, which big_vision does not.
     for text in TEXTS[:1] if name == 'siglip' else TEXTS:
         assert theirs(text, add_special_tokens=False).input_ids == ours.encode(text), text
-    if name == 'paligemma':
+    if name.startswith('paligemma'):
         assert theirs('<loc0007><seg003>', add_special_tokens=False).input_ids == ours.encode('<loc0007><seg003>')
         config = json.loads((exported / name / 'config.json').read_text())
         assert theirs.convert_tokens_to_ids('<image>') == config['image_token_index'] == 1452

@@ -21,7 +21,7 @@ from tools import convert
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDENS = ROOT / 'tests' / 'goldens'
-MODELS = ('siglip', 'siglip2', 'paligemma')
+MODELS = ('siglip', 'siglip2', 'paligemma', 'paligemma2')
 
 
 def test_help_shows_examples_and_imports_nothing_heavy():
@@ -62,11 +62,12 @@ def test_out_of_a_bundle_comes_what_went_in(bundles, tmp_path, capsys, name):
     same(GOLDENS / name, tmp_path / 'file.npz')
 
 
-def test_a_decoder_alone_becomes_an_npz(tmp_path, capsys):
-    assert convert.main([str(GOLDENS / 'gemma'), str(tmp_path / 'g.npz')]) == 0
+@pytest.mark.parametrize('name', ['gemma', 'gemma2', 'gemma3'])
+def test_a_decoder_alone_becomes_an_npz(tmp_path, capsys, name):
+    assert convert.main([str(GOLDENS / name), str(tmp_path / 'g.npz')]) == 0
     assert convert.main([str(tmp_path / 'g.npz'), str(tmp_path / 'g'), '--to=hugging_face']) == 0
-    same(GOLDENS / 'gemma', tmp_path / 'g')
-    assert convert.main([str(GOLDENS / 'gemma'), str(tmp_path / 'bundle')]) == 2
+    same(GOLDENS / name, tmp_path / 'g')
+    assert convert.main([str(GOLDENS / name), str(tmp_path / 'bundle')]) == 2
     assert 'a decoder alone' in capsys.readouterr().err
 
 

@@ -72,7 +72,8 @@ class PaliGemma:
         chex.assert_rank(text, 2)
         if image is None:
             return x, {}
-        chex.assert_shape(image, (len(text), None, self.image_size, self.image_size, 3))
+        # Not len(): an exported function's batch has no number.
+        chex.assert_shape(image, (text.shape[0], None, self.image_size, self.image_size, 3))
         batch, images = image.shape[:2]
         rngs = None if rng is None else {'dropout': rng}
         z, out = self.img.apply({'params': params['img']}, image.reshape(-1, *image.shape[2:]), train=train, rngs=rngs)

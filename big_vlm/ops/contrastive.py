@@ -110,17 +110,12 @@ def softmax_loss(
     return -sum(weight * x for weight, x in zip(weights, right, strict=True))
 
 
-def default_tile(width: int, rows: int) -> int:
-    """Images whose logits a device holds at once: all of its own where they and its texts make at most 2²⁴ pairs.
+def default_tile(width: int) -> int:
+    """Images whose logits a device holds at once: the largest power of two up to the embedding width, at least 128.
 
-    That is 64 MiB in float32, which fits a TPU's fast memory. With more, the largest power of two up to the embedding
-    width, at least 128: a tile's logits are then no larger than the text gradients that travel.
-
-    Args:
-      width: of the embeddings.
-      rows: images, and texts, of a device.
+    A tile's logits are then no larger than the text gradients that travel.
     """
-    return rows if rows**2 <= 1 << 24 else max(1 << (width.bit_length() - 1), 128)
+    return max(1 << (width.bit_length() - 1), 128)
 
 
 def _check_form(form):
@@ -159,4 +154,4 @@ def _check_ring(zimg, mesh, axes, tile):
         )
     if tile < 0:
         raise UserError(f'contrastive loss: tile={tile}: give a number of images, or 0 for the default')
-    return mesh, axes, tile or default_tile(zimg.shape[1], zimg.shape[0] // devices)
+    return mesh, axes, tile or default_tile(zimg.shape[1])

@@ -70,10 +70,7 @@ def walk(
             return kept, merge(carried, of_texts)
 
         sums, tiles = (kept, nothing), (end - begin) // tile
-        # One tile alone stands outside a loop: what a loop carries leaves a TPU's fast memory.
-        if tiles == 1:
-            sums = step(tile, begin, sums)
-        elif tiles:
+        if tiles:
             sums = jax.lax.fori_loop(0, tiles, lambda i, sums: step(tile, begin + i * tile, sums), sums)
         rest = (end - begin) % tile
         return step(rest, end - rest, sums) if rest else sums

@@ -85,7 +85,7 @@ def bench(*words):
 def test_memory_on_eight_chips():
     words = '--case=sigmoid-ring', '--case=softmax-ring', '--batch=32768'
     sigmoid, softmax = bench('tools.bench.contrastive_memory', *words)
-    assert sigmoid['temp_mib'] <= 16
+    assert sigmoid['temp_mib'] <= 40  # three of the float32 buffers of an image's or text's gradients, 12 MiB each
     assert softmax['temp_mib'] <= 24
 
 

@@ -19,6 +19,7 @@ from configs.quickstart import CAPTION, READ, adamw, generation, source, train_p
 
 SIZE = 64  # pixels
 TEXT = 36
+DIALOGUE = 52  # text slots of a row with several questions
 ONE = dict(num_digits=1)
 
 
@@ -49,7 +50,7 @@ def single(args: dict) -> ConfigDict:
 def pretrain(args: dict) -> ConfigDict:
     """A dual encoder of scenes and their captions."""
     stage = single(args)
-    stage.total = dict(steps=20 if args['smoke'] else 1000)
+    stage.total = dict(steps=20 if args['smoke'] else 1500)
     stage.init_from = dict(stage='single')
     looks = f'decode | resize({SIZE})'
     stage.data.sources.update(
@@ -59,12 +60,13 @@ def pretrain(args: dict) -> ConfigDict:
     )
     stage.evals = quickstart.pretrain(args, SIZE, TEXT).evals
     stage.evals.color.templates = ('{}',)
+    stage.evals.digit.every = stage.evals.color.every = 500
     return stage
 
 
 def multimodal(args: dict) -> ConfigDict:
     """The whole of a PaliGemma on a mixture: captions, questions, boxes, reading."""
-    stage = quickstart.base(args, SIZE, TEXT)
+    stage = quickstart.base(args, SIZE, DIALOGUE)
     stage.task = 'generative'
     stage.total = dict(steps=20 if args['smoke'] else 4500)
     stage.batch_size = 32
@@ -72,10 +74,11 @@ def multimodal(args: dict) -> ConfigDict:
     stage.init_from = dict(stage='pretrain', parts={'img': 'img'}, fresh=('img/head/.*',))
     read = train_pipeline(SIZE, f'shuffle_channels | {READ}')
     stage.data.sources = dict(
-        caption=source(args, train_pipeline(SIZE, CAPTION), weight=1.0),
-        question=source(args, train_pipeline(SIZE, 'question'), weight=3.0),
-        detect=source(args, train_pipeline(SIZE, 'detect'), weight=1.0),
-        read=source(args, read, weight=2.0),
+        caption=source(args, train_pipeline(SIZE, CAPTION), weight=0.75),
+        question=source(args, train_pipeline(SIZE, 'dialogue(4)'), weight=3.0),
+        detect=source(args, train_pipeline(SIZE, 'detect'), weight=0.75),
+        detect_all=source(args, train_pipeline(SIZE, 'detect("digit")'), weight=1.5),
+        read=source(args, read, weight=1.0),
     )
     stage.optimizer = adamw(1e-3)
     stage.evals = dict(

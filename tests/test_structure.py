@@ -60,6 +60,7 @@ VAGUE_NAMES = {'utils', 'util', 'helpers', 'common', 'misc'}
 # Distribution → the module it provides, where the names differ; None: needed at run time, imported by others.
 MODULE_OF = {
     'absl-py': 'absl',
+    'flatbuffers': None,
     'importlib_resources': None,
     'opencv-python-headless': 'cv2',
     'orbax-checkpoint': 'orbax',

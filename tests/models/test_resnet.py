@@ -106,6 +106,7 @@ def test_published_sizes(variant, millions):
     assert leaves['norm-pre-head/bias'].shape == (1, 1, 1, 32 * width)
 
 
+@pytest.mark.slow
 def test_half_precision_and_recomputation():
     params = random_params(TINY)
     z, _ = run(TINY, params)

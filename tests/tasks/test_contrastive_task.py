@@ -142,7 +142,9 @@ def test_bfloat16_computes_in_it_and_keeps_float32_outside():
     assert 1e-5 < worst < 5e-2
 
 
-@pytest.mark.parametrize('direction', ['both', 'image_to_text', 'text_to_image'])
+@pytest.mark.parametrize(
+    'direction', ['both', *(pytest.param(one, marks=pytest.mark.slow) for one in ('image_to_text', 'text_to_image'))]
+)
 def test_softmax_is_clips_on_the_models_own_embeddings(direction):
     zimg, ztxt = (np.asarray(z, np.float64) for z in embeddings(make(), batch()))
     logits = zimg @ ztxt.T * np.exp(1.7)

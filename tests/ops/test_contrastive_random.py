@@ -47,6 +47,8 @@ def test_ring_equals_float64(seed):
     zimg, ztxt = ((z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float32) for z in (zimg, ztxt))
     t, b = np.float32(rng.uniform(0, np.log(60))), np.float32(rng.uniform(-20, 2))
     exact = [np.asarray(a, np.float64) for a in (zimg, ztxt, t, b)]
+    # A float32 logit of scale s is some s / 2²⁴ off, and so, relatively, is the probability that softmax makes of it.
+    limits = {'sigmoid': 1e-5, 'softmax': max(1e-5, 8 * np.exp(t) / 2**24)}
 
     for name, loss, oracle, count in (
         ('sigmoid', sigmoid_loss, sigmoid_oracle, 4),
@@ -57,4 +59,4 @@ def test_ring_equals_float64(seed):
         value, grads = jax.jit(jax.value_and_grad(function, argnums=tuple(range(count))))(*args)
         for part, actual, expected in zip('loss zimg ztxt t b'.split(), (value, *grads), oracle(*exact), strict=False):
             error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
-            assert error <= 1e-5, f'{name} {part}: {error:.1e}, {batch=} {width=} {sizes=} {tile=} {t=} {b=}'
+            assert error <= limits[name], f'{name} {part}: {error:.1e}, {batch=} {width=} {sizes=} {tile=} {t=} {b=}'

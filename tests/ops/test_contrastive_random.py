@@ -32,15 +32,6 @@ def softmax_oracle(x, y, t, b):
     return loss, weight @ y * np.exp(t), weight.T @ x * np.exp(t), (weight * logits).sum()
 
 
-@pytest.fixture(autouse=True)
-def uncached():
-    """Nothing of these is kept: a program of seed 10, read back from the compilation cache, ends the process."""
-    before = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 1e9)
-    yield
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', before)
-
-
 @pytest.mark.parametrize('seed', range(24))
 def test_ring_equals_float64(seed):
     rng = np.random.default_rng(seed)

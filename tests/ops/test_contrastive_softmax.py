@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,6 +80,22 @@ def test_ring_equals_dense_equals_float64(sizes, tile, direction):
     kwargs = dict(direction=direction, form='ring', mesh=make_mesh(sizes), tile=tile)
     assert_close(value_and_grads(*args, **kwargs), expected)
     np.testing.assert_allclose(jax.jit(lambda *a: softmax_loss(*a, **kwargs))(*args), expected[0], rtol=1e-5)
+
+
+def test_programs_out_of_the_compilation_cache():
+    # Those forget the order of independent transfers, which then take each other's data, or wait for ever.
+    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+    rng, mesh = np.random.default_rng(8), make_mesh((8, 1, 1))
+    zimg, ztxt = unit(rng, 304, 54), unit(rng, 304, 54)
+    try:
+        compiled, *reread = (
+            jax.device_get(value_and_grads(zimg, ztxt, 1.0, form='ring', mesh=mesh, tile=6)) for _ in range(3)
+        )
+    finally:
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', seconds)
+    for again in reread:
+        chex.assert_trees_all_equal(again, compiled)
 
 
 def test_the_directions_swap_with_the_towers():

@@ -146,9 +146,7 @@ def _functions(model: Bundle, max_new_tokens: int) -> tuple[_Arrays, dict[str, t
 
     prompt = {'image': array(jnp.uint8, 1, side, side, 3), 'image_mask': array(jnp.bool_, 1)}
     prompt |= {name: array(jnp.int32, length) for name in ('text', 'segment', 'position', 'mask_ar')}
-    _, cache = jax.eval_shape(
-        lambda weights, inputs: predict['prefill'](weights, inputs, cache_size), structure, prompt
-    )
+    _, cache = jax.eval_shape(lambda *inputs: predict['prefill'](*inputs, cache_size), structure, prompt)
     rings = [layer.ring for layer in cache.layers]
     return trees.flat(structure), {
         'prefill': (prefill, prompt),

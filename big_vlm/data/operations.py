@@ -178,22 +178,8 @@ def tokenize(example: Example, context: 'Context') -> None:
     example['image_mask'] = np.ones(1, bool)
 
 
-OPERATIONS: dict[str, Callable[..., None]] = {
-    operation.__name__: operation
-    for operation in (
-        decode,
-        resize,
-        shuffle_channels,
-        text,
-        first,
-        prefix,
-        suffix,
-        question,
-        dialogue,
-        detect,
-        tokenize,
-    )
-}
+_ALL = (decode, resize, shuffle_channels, text, first, prefix, suffix, question, dialogue, detect, tokenize)
+OPERATIONS: dict[str, Callable[..., None]] = {operation.__name__: operation for operation in _ALL}
 
 
 def _question_texts(record: dict, *kinds: str) -> Iterator[str]:

@@ -61,7 +61,8 @@ def generative_row(
         )
     ids = (prompt + answer)[: contract.text_length]
     answered = len(ids) - len(prompt)
-    starts, supervised = [0] * len(prompt) + [1] * answered, [0] * len(prompt) + [1] * answered
+    supervised = [0] * len(prompt) + [1] * answered
+    starts = list(supervised)
     for prefix, suffix in more:
         prompt, answer = [*prefix, *contract.separator_ids], [*suffix, contract.eos_id]
         if len(ids) + len(prompt) + len(answer) > contract.text_length:

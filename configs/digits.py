@@ -19,7 +19,7 @@ from configs.quickstart import CAPTION, READ, adamw, generation, source, train_p
 
 SIZE = 64  # pixels
 TEXT = 36
-DIALOGUE = 52  # text slots of a row with several questions
+TURNS = 112  # text slots of a row that asks everything about its image
 ONE = dict(num_digits=1)
 
 
@@ -50,7 +50,7 @@ def single(args: dict) -> ConfigDict:
 def pretrain(args: dict) -> ConfigDict:
     """A dual encoder of scenes and their captions."""
     stage = single(args)
-    stage.total = dict(steps=20 if args['smoke'] else 1500)
+    stage.total = dict(steps=20 if args['smoke'] else 2500)
     stage.init_from = dict(stage='single')
     looks = f'decode | resize({SIZE})'
     stage.data.sources.update(
@@ -65,21 +65,15 @@ def pretrain(args: dict) -> ConfigDict:
 
 
 def multimodal(args: dict) -> ConfigDict:
-    """The whole of a PaliGemma on a mixture: captions, questions, boxes, reading."""
-    stage = quickstart.base(args, SIZE, DIALOGUE)
+    """The whole of a PaliGemma on everything that can be asked of a scene, at once."""
+    stage = alone(args, TURNS)
     stage.task = 'generative'
-    stage.total = dict(steps=20 if args['smoke'] else 4500)
+    stage.total = dict(steps=20 if args['smoke'] else 3000)
     stage.batch_size = 32
     stage.model.update(image=image_tower(), decoder=quickstart.decoder())
     stage.init_from = dict(stage='pretrain', parts={'img': 'img'}, fresh=('img/head/.*',))
-    read = train_pipeline(SIZE, f'shuffle_channels | {READ}')
-    stage.data.sources = dict(
-        caption=source(args, train_pipeline(SIZE, CAPTION), weight=0.75),
-        question=source(args, train_pipeline(SIZE, 'dialogue(4)'), weight=3.0),
-        detect=source(args, train_pipeline(SIZE, 'detect'), weight=0.75),
-        detect_all=source(args, train_pipeline(SIZE, 'detect("digit")'), weight=1.5),
-        read=source(args, read, weight=1.0),
-    )
+    turns = f'detect("digit") | also | {READ} | also | detect | also | {CAPTION} | also | dialogue(6)'
+    stage.data.sources = dict(everything=source(args, train_pipeline(SIZE, turns)))
     stage.optimizer = adamw(1e-3)
     stage.evals = dict(
         answer=generation(args, SIZE, 'question', examples=0, max_new_tokens=4, slices=('held_out',)),
@@ -94,7 +88,7 @@ def multimodal(args: dict) -> ConfigDict:
 
 def transfer(args: dict) -> ConfigDict:
     """Reading alone."""
-    stage = quickstart.base(args, SIZE, text=12)
+    stage = alone(args, text=12)
     stage.task = 'generative'
     stage.total = dict(steps=20 if args['smoke'] else 1500)
     stage.batch_size = 32
@@ -105,6 +99,13 @@ def transfer(args: dict) -> ConfigDict:
     stage.evals = dict(
         read=generation(args, SIZE, READ, examples=0, max_new_tokens=12, slices=('held_out', 'num_digits'))
     )
+    return stage
+
+
+def alone(args: dict, text: int) -> ConfigDict:
+    """A stage whose images see no prompt: one that is read once serves a dozen of them."""
+    stage = quickstart.base(args, SIZE, text)
+    stage.contract.image_alone = True
     return stage
 
 

@@ -51,6 +51,7 @@ class Contract:
     lower: bool = True  # lower-case the text
     eos: bool = True  # contrastive text ends in eos, kept when the text is cut
     separator: str = '\n'  # between prompt and answer, tokenized on its own
+    image_alone: bool = False  # image tokens see no prompt (PaliGemma's do): rows of several prompts may share an image
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ class Contract:
     lower: text is lower-cased.
     eos: contrastive text ends in eos, also where it is cut.
     separator, separator_ids: between prompt and answer, tokenized on its own.
+    image_alone: image tokens do not see the prompt.
     image_tokens: image slots of a generative row (0 for dual encoders).
     vocab_size: ids the tokenizer knows, location and segmentation tokens included.
     softcap: tanh cap of the decoder's output logits, 0 for none.
@@ -40,6 +41,7 @@ class Contract:
     eos_id: int
     tokenizer_sha256: str
     softcap: float = 0.0
+    image_alone: bool = False
 
     @classmethod
     def make(

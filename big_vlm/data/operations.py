@@ -138,6 +138,16 @@ def _ask(example: Example, context: 'Context', turns: int, kinds: Sequence[str])
             example['prefix'], example['suffix'] = texts
 
 
+def also(example: Example, context: 'Context') -> None:
+    """Ends a turn: what follows asks something else about the same image. Training only."""
+    if not context.train:
+        raise UserError('also: an evaluation asks one thing about an image')
+    turns = example.setdefault('turns', [])
+    turns.append((_field(example, 'prefix'), _field(example, 'suffix')))
+    turns.extend(example.pop('more', ()))
+    del example['prefix'], example['suffix']
+
+
 def detect(example: Example, context: 'Context', what: Literal['object', 'digit'] = 'object') -> None:
     """Prompt and answer for boxes: 'detect red three', an object at random, or 'detect digit', all of them.
 
@@ -160,16 +170,18 @@ def detect(example: Example, context: 'Context', what: Literal['object', 'digit'
 
 
 def tokenize(example: Example, context: 'Context') -> None:
-    """The decoder's rows (`prompts.generative_row`) from `prefix` and, in training, `suffix`.
+    """The decoder's rows (`prompts.generative_row`) from `prefix` and, in training, `suffix` and further turns.
 
     The picture gets its leading axis of one image, and `image_mask`. A prompt that does not fit is a bad example in
     training and an error in evaluation.
     """
     encode = context.tokenizer.encode
-    answer = encode(_field(example, 'suffix')) if context.train else None
+    last = _field(example, 'prefix'), _field(example, 'suffix') if context.train else None
+    (prefix, suffix), *more = [*example.pop('turns', ()), last, *example.pop('more', ())]
     try:
-        more = [(encode(prefix), encode(suffix)) for prefix, suffix in example.pop('more', ())]
-        example.update(prompts.generative_row(encode(_field(example, 'prefix')), answer, context.contract, more))
+        answer = None if suffix is None else encode(suffix)
+        more = [tuple(map(encode, turn)) for turn in more]
+        example.update(prompts.generative_row(encode(prefix), answer, context.contract, more))
     except prompts.TooLong as error:
         if context.train:
             raise ValueError(str(error)) from error
@@ -178,7 +190,7 @@ def tokenize(example: Example, context: 'Context') -> None:
     example['image_mask'] = np.ones(1, bool)
 
 
-_ALL = (decode, resize, shuffle_channels, text, first, prefix, suffix, question, dialogue, detect, tokenize)
+_ALL = (decode, resize, shuffle_channels, text, first, prefix, suffix, question, dialogue, also, detect, tokenize)
 OPERATIONS: dict[str, Callable[..., None]] = {operation.__name__: operation for operation in _ALL}
 
 

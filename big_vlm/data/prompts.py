@@ -7,13 +7,24 @@
     mask_loss  0           0             0           1              0
 
 A row without a suffix ends after the separator: what follows is the model's to write. More turns about the same images
-may follow the first, each a prompt that sees itself and all before it, and its answer:
+may follow the first. As a rule each sees itself and all before it:
 
     slot       prefix  separator   suffix <eos>
     text       ids     ids         ids
     segment    1       1           1
     mask_ar    1 0 0 …  0          1
     mask_loss  0       0           1
+
+Where the contract's images see no prompt (`image_alone`), every turn k, the first too, sees the images and itself, at
+the same positions, as if it had a row of its own:
+
+    slot       image × P   <bos> prefix  separator   suffix <eos>
+    text       −1          ids           ids         ids
+    segment    −1          k             k           k
+    mask_ar    0           1 0 0 …       0           1
+    mask_loss  0           0             0           1
+
+With several turns, `mask_loss` weighs every answer the same, however long, and is 1 on average.
 """
 
 from collections.abc import Sequence
@@ -46,11 +57,11 @@ def generative_row(
     contract: Contract,
     more: Sequence[tuple[Sequence[int], Sequence[int]]] = (),
 ) -> dict[str, np.ndarray]:
-    """The row of one prompt, and its answer if given, as int32 arrays [image_tokens + text_length].
+    """The row of one prompt, and its answer if given: int32 arrays [image_tokens + text_length], `mask_loss` float32.
 
-    `more`: (prefix, suffix) of further turns; the first that does not fit whole ends the row. `position` counts the
-    real tokens from 0. An answer that does not fit is cut, and then has no eos. Raises TooLong (a UserError) if the
-    prompt does not fit, or leaves no slot for an answer that is given.
+    `more`: (prefix, suffix) of further turns; the first that does not fit whole ends the row. An answer that does not
+    fit is cut, and then has no eos. Raises TooLong (a UserError) if the prompt does not fit, or leaves no slot for an
+    answer that is given.
     """
     prompt = [contract.bos_id, *prefix_ids, *contract.separator_ids]
     answer = [] if suffix_ids is None else [*suffix_ids, contract.eos_id]
@@ -59,30 +70,35 @@ def generative_row(
             f'the prompt takes {len(prompt)} tokens of the {contract.text_length} text slots: shorten it, '
             'or raise contract.text_length'
         )
-    ids = (prompt + answer)[: contract.text_length]
-    answered = len(ids) - len(prompt)
-    supervised = [0] * len(prompt) + [1] * answered
-    starts = list(supervised)
+    alone, images, total = contract.image_alone, contract.image_tokens, contract.image_tokens + contract.text_length
+    turns = [(prompt, answer[: contract.text_length - len(prompt)])]
+    room = contract.text_length - len(prompt) - len(answer)
     for prefix, suffix in more:
-        prompt, answer = [*prefix, *contract.separator_ids], [*suffix, contract.eos_id]
-        if len(ids) + len(prompt) + len(answer) > contract.text_length:
+        turn = [contract.bos_id] * alone + [*prefix, *contract.separator_ids], [*suffix, contract.eos_id]
+        room -= sum(map(len, turn))
+        if room < 0:
             break
+        turns.append(turn)
+    ids, segment, position, starts, weights = [], [], [], [], []
+    for number, (prompt, answer) in enumerate(turns, start=1):
         ids += prompt + answer
-        starts += [1] + [0] * (len(prompt) - 1) + [1] * len(answer)
-        supervised += [0] * len(prompt) + [1] * len(answer)
-    images, total = contract.image_tokens, contract.image_tokens + contract.text_length
+        segment += [number if alone else 1] * len(prompt + answer)
+        first = images if alone else images + len(position)
+        position += range(first, first + len(prompt + answer))
+        starts += [int(alone or number > 1)] + [0] * (len(prompt) - 1) + [1] * len(answer)
+        weights += [0] * len(prompt) + [1 / max(len(answer), 1)] * len(answer)
+    supervised = np.count_nonzero(weights)
 
-    def row(values: Sequence[int], image: int, padding: int) -> np.ndarray:
-        made = np.full(total, padding, np.int32)
+    def row(values: Sequence[float], image: int | Sequence[int], padding: int, dtype: type = np.int32) -> np.ndarray:
+        made = np.full(total, padding, dtype)
         made[:images] = image
         made[images : images + len(values)] = values
         return made
 
-    segment = row([1] * len(ids), 1, 0)
     return {
         'text': row(ids, -1, contract.pad_id),
-        'segment': segment,
-        'position': np.arange(total, dtype=np.int32) * segment,
+        'segment': row(segment, -1 if alone and len(turns) > 1 else 1, 0),
+        'position': row(position, range(images), 0),
         'mask_ar': row(starts, 0, 0),
-        'mask_loss': row(supervised, 0, 0),
+        'mask_loss': row(np.array(weights) * supervised / len(turns), 0, 0, np.float32),
     }

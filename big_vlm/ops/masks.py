@@ -9,7 +9,7 @@ import jax.numpy as jnp
 def attention_mask(segment: jax.Array, mask_ar: jax.Array) -> jax.Array:
     """The mask of PaliGemma (arXiv 2407.07726, section 3.2.1), for packed rows too.
 
-    A query sees a key iff both are real, both belong to the same segment, and
+    A query sees a key iff both are real, both belong to the same segment or the key to every one (-1), and
     `cumsum(mask_ar)[key] <= cumsum(mask_ar)[query]`. A 1 in `mask_ar` therefore starts a new block: earlier tokens do
     not see it, and it sees all of them. Zeros continue the block of the token before them.
 
@@ -24,7 +24,7 @@ def attention_mask(segment: jax.Array, mask_ar: jax.Array) -> jax.Array:
         q 5  . . . . . .
 
     Args:
-      segment: int32 [B, T], 0 for padding, else the number of the packed example.
+      segment: int32 [B, T], 0 for padding, -1 for what all packed examples of the row share, else an example's number.
       mask_ar: int32 or bool [B, T].
 
     Returns:
@@ -32,8 +32,8 @@ def attention_mask(segment: jax.Array, mask_ar: jax.Array) -> jax.Array:
     """
     block = jnp.cumsum(mask_ar.astype(jnp.int32), axis=1)
     earlier = block[:, None, :] <= block[:, :, None]
-    same = (segment[:, None, :] == segment[:, :, None]) & (segment[:, None, :] > 0)
-    return earlier & same
+    query, key = segment[:, :, None], segment[:, None, :]
+    return earlier & (query != 0) & (key != 0) & ((key == query) | (key == -1))
 
 
 def sliding_window(mask: jax.Array, position: jax.Array, window: int) -> jax.Array:

@@ -25,7 +25,7 @@ from big_vlm.ops import position_resize
 POSITION = 'img/pos_embedding'
 TOKENS = ('txt/Embed_0/embedding', 'llm/embedder/input_embedding', 'txt/llm/embedder/input_embedding')
 # What weights expect of their inputs at any resolution and length: those of the image tower, and all others.
-OF_PIXELS, OF_TEXT = ('value_range',), ('lower', 'separator')
+OF_PIXELS, OF_TEXT = ('value_range',), ('lower', 'separator', 'image_alone')
 
 
 def check(stages: Mapping[str, Stage], shapes: Mapping[str, Any], name: str, where: str) -> None:

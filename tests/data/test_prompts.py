@@ -19,7 +19,7 @@ CONTRACT = Contract(
 
 
 def rows(row: dict) -> dict:
-    assert all(value.dtype == np.int32 for value in row.values())
+    assert all(value.dtype == (np.float32 if key == 'mask_loss' else np.int32) for key, value in row.items())
     return {key: value.tolist() for key, value in row.items()}
 
 
@@ -63,10 +63,29 @@ def test_more_turns_follow_in_the_same_row():
         'mask_ar': [0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 1, 1, 0, 0, 0],
         'mask_loss': [0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 0, 0, 0],
     }
+    # Four tokens of one answer, one of another.
+    longer = prompts.generative_row([50], [60, 61, 62], contract, [([52], [])])
+    assert longer['mask_loss'][6:].tolist() == pytest.approx([0.625] * 4 + [0] * 2 + [2.5] + [0] * 4)
     # A first turn that fills the row, and one that is cut, leave no room for others.
     for suffix in ([60] * 10, [60] * 9):
         alone, followed = (rows(prompts.generative_row([50, 51], suffix, contract, m)) for m in ((), more))
         assert alone == followed
+
+
+def test_turns_of_an_image_that_sees_no_prompt():
+    contract = dataclasses.replace(CONTRACT, text_length=14, image_alone=True)
+    more = [([52, 53], [61]), ([54], [62, 63, 64])]
+    assert rows(prompts.generative_row([50, 51], [60], contract, more)) == {
+        #             image        bos  prefix  sep  suffix eos  bos  prefix  sep  suffix eos  the third does not fit
+        'text': [-1, -1, -1, BOS, 50, 51, NEWLINE, 60, EOS, BOS, 52, 53, NEWLINE, 61, EOS, PAD, PAD],
+        'segment': [-1, -1, -1] + [1] * 6 + [2] * 6 + [0] * 2,
+        'position': [0, 1, 2, *range(3, 9), *range(3, 9), 0, 0],
+        'mask_ar': [0, 0, 0, 1, 0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 0, 0],
+        'mask_loss': [0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 1, 1, 0, 0],
+    }
+    alone = rows(prompts.generative_row([50, 51], None, contract))
+    assert alone['segment'] == [1] * 7 + [0] * 10
+    assert alone['mask_ar'] == [0, 0, 0, 1] + [0] * 13
 
 
 def test_a_long_prompt_is_an_error():

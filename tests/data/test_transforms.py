@@ -155,6 +155,27 @@ def test_a_dialogue_asks_several_questions_in_one_row(free, tokenizer):
         transforms.parse('dialogue(0)', where='')(record, context)
 
 
+def test_also_asks_something_else_about_the_image(free, tokenizer):
+    record = free[0] | {'image': np.zeros((4, 4, 3))}
+    pipeline = transforms.parse('prefix("ocr") | suffix("{reading}") | also | dialogue(2) | also | detect', where='')
+    example = pipeline(record, make_context(tokenizer))
+    assert example['turns'][0] == ('ocr', record['reading'])
+    assert [prompt in record['questions']['question'] for prompt, _ in example['turns']] == [False, True, True]
+    assert example['prefix'].startswith('detect ') and 'more' not in example
+    first = transforms.parse('prefix("ocr") | suffix("{reading}") | tokenize', where='')
+    all_of_them = transforms.parse(
+        'prefix("ocr") | suffix("{reading}") | also | prefix("caption en") | suffix("{caption}") | tokenize', where=''
+    )
+    short, long = (p(record, make_context(tokenizer)) for p in (first, all_of_them))
+    start = int((short['segment'] > 0).sum())
+    np.testing.assert_array_equal(short['text'][:start], long['text'][:start])
+    assert (long['segment'] > 0).sum() > start
+    with pytest.raises(UserError, match='an evaluation asks one thing'):
+        pipeline(record, make_context(tokenizer, train=False))
+    with pytest.raises(UserError, match="no field 'prefix'|'prefix'"):
+        transforms.parse('also', where='')(record, make_context(tokenizer))
+
+
 def test_questions_by_kind(free, tokenizer):
     pipeline = transforms.parse("question('which', 'where')", where='')
     record = next(r for r in free if {'which', 'where'} <= set(r['questions']['kind']))

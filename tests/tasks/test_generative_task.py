@@ -1,7 +1,9 @@
 """The generative task: cross-entropy of the answer's tokens, and nothing else, on the model's own logits."""
 
+import dataclasses
 import functools
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -20,22 +22,23 @@ ROWS = (([7, 8], [9]), ([10], [11, 12, 13]), ([4, 5, 6], [14, 15]), ([20], None)
 B = len(ROWS)
 
 
+STAGE = config.parse_stage(
+    {
+        'task': 'generative',
+        'total': {'steps': 1},
+        'data': {'sources': {'a': {}}},
+        'contract': {'image_size': SIZE, 'text_length': TEXT},
+        'model': {
+            'image': {'variant': 'mu/4', **SMALL},
+            'decoder': {**SMALL, 'num_kv_heads': 1, 'head_dim': 8},
+        },
+    }
+)
+
+
 @functools.cache
 def make(average='example'):
-    stage = config.parse_stage(
-        {
-            'task': 'generative',
-            'total': {'steps': 1},
-            'data': {'sources': {'a': {}}},
-            'contract': {'image_size': SIZE, 'text_length': TEXT},
-            'model': {
-                'image': {'variant': 'mu/4', **SMALL},
-                'decoder': {**SMALL, 'num_kv_heads': 1, 'head_dim': 8},
-                'average': average,
-            },
-        }
-    )
-    return tasks.make(stage, CONTRACT)
+    return tasks.make(dataclasses.replace(STAGE, model=dataclasses.replace(STAGE.model, average=average)), CONTRACT)
 
 
 @functools.cache
@@ -73,6 +76,24 @@ def log_probs(batch):
 @functools.cache
 def loss_of(average='example'):
     return jax.jit(make(average).loss, static_argnums=3)
+
+
+def test_turns_of_one_image_are_learnt_as_rows_of_their_own():
+    contract = dataclasses.replace(CONTRACT, text_length=4 * TEXT, image_alone=True)
+    stage = dataclasses.replace(STAGE, contract=dataclasses.replace(STAGE.contract, text_length=4 * TEXT))
+    gradients = jax.jit(jax.value_and_grad(lambda p, b: tasks.make(stage, contract).loss(p, {}, b, None)[0]))
+    turns = [row for row in ROWS if row[1]]
+    (prefix, suffix), *more = turns
+    together = prompts.generative_row(prefix, suffix, contract, more)
+    assert together['segment'].max() == len(turns)
+    apart = [prompts.generative_row(prefix, suffix, contract) for prefix, suffix in turns]
+    rows = [{key: np.stack([row[key] for row in rows]) for key in together} for rows in ([together], apart)]
+    image = batch()['image'][:1]
+    ours, expected = (
+        gradients(params(), made | {'image': image.repeat(n, 0), 'image_mask': np.ones((n, 1), bool)})
+        for made, n in zip(rows, (1, len(turns)), strict=True)
+    )
+    chex.assert_trees_all_close(ours, expected, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.smoke

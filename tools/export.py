@@ -10,7 +10,9 @@ EXAMPLES = """examples:
 What is written, and how another program calls it:
 
   function = jax.export.deserialize(bytearray(open('exported/siglip/embed_image.stablehlo', 'rb').read()))
-  weights = safetensors.numpy.load_file('exported/siglip/weights/model.safetensors')
+  weights = {}
+  for file in pathlib.Path('exported/siglip/weights').glob('*.safetensors'):  # large models come in several
+      weights |= safetensors.numpy.load_file(file)
   function.call(weights, {'image': image})['embedding']     # image: uint8 [batch, side, side, 3], any batch
 
 manifest.json lists the inputs and outputs of each function: embed_image and embed_text of a dual encoder; prefill and
@@ -33,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument('--stablehlo', metavar='DST', required=True, help='the folder to write; a name that is free')
     result.add_argument('--platforms', default='cpu,cuda,tpu', metavar='LIST', help='default: cpu,cuda,tpu')
     tokens = 'of a decoder: how many tokens fit after the longest prompt (default: 64)'
-    result.add_argument('--max_new_tokens', type=int, default=64, metavar='N', help=tokens)
+    result.add_argument('--max_new_tokens', type=int, metavar='N', help=tokens)
     return result
 
 
@@ -41,11 +43,15 @@ def run(argv: list[str]) -> None:
     """The tool. Raises UserError."""
     args = parser().parse_args(argv)
     from big_vlm import bundle
+    from big_vlm.config import UserError
 
+    model = bundle.load(args.bundle)
+    if args.max_new_tokens is not None and model.stage.task == 'contrastive':
+        raise UserError(f'--max_new_tokens={args.max_new_tokens} has no effect: {args.bundle} is a dual encoder')
     bundle.export(
-        bundle.load(args.bundle),
+        model,
         args.stablehlo,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=64 if args.max_new_tokens is None else args.max_new_tokens,
         platforms=[name.strip() for name in args.platforms.split(',') if name.strip()],
         say=lambda name: print(f'{args.stablehlo}/{name}.stablehlo', flush=True),
     )

@@ -29,10 +29,11 @@ def model_card(name: str, description: Mapping[str, Any]) -> str:
     sources = stage['data']['sources'].values()
     data = ', '.join(dict.fromkeys(f'{source["dataset"]} ({source["split"]})' for source in sources))
     data = data or f'none here: converted from {stage["init_from"]["path"]}'
-    towers = [
-        stage['model']['image']['variant'],
-        stage['model']['text' if task == 'contrastive' else 'decoder']['variant'],
-    ]
+    model = stage['model']
+    kind = model['text']['kind'] if task == 'contrastive' else 'gemma'
+    towers = [model['image']['variant'], model['decoder' if kind == 'gemma' else 'text']['variant']]
+    if kind in ('lstm', 'bag'):
+        towers[1] += f' ({kind})'
     rows = [
         ('task', task),
         ('parameters', f'{description["parameters"]:,}'),

@@ -64,6 +64,8 @@ def convert(
     destination = pathlib.Path(destination).expanduser()
     if destination.exists():
         raise UserError(f'{destination} exists: choose another name, or remove it')
+    if destination.suffix == '.gguf':
+        raise UserError(f'{destination}: GGUF is read, not written: name a folder, or FILE.npz')
     model, kind = _open(source)
     to = to or ('npz' if destination.suffix == '.npz' else 'hugging_face' if kind in ('bundle', 'gguf') else 'bundle')
     if to not in FORMATS:

@@ -92,6 +92,7 @@ def export(
             'platforms': list(platforms),
             'jax': jax.__version__,
             'functions': listing,
+            'weights': sorted(str(file.relative_to(temporary)) for file in temporary.glob('weights/*.safetensors')),
             'contract': model.contract.to_dict(),
         }
         text = json.dumps(manifest, indent=2, ensure_ascii=False) + '\n'

@@ -124,7 +124,7 @@ class Model:
     init_b: float = -10.0  # contrastive: logit bias at init; the softmax loss has none and leaves it there
     loss: str = 'sigmoid'  # contrastive: 'sigmoid' (SigLIP) or 'softmax' (CLIP)
     direction: Literal['both', 'image_to_text', 'text_to_image'] = 'both'  # softmax: which has to find the other
-    loss_form: Literal['dense', 'ring'] = 'dense'  # whole matrix of pairs, or blocks that travel around the devices
+    loss_form: Literal['dense', 'ring'] = 'dense'  # the whole matrix of pairs, or tiles of it, the texts travelling
     average: Literal['example', 'token'] = 'example'  # generative loss: mean per example then batch, or over all tokens
     dtype: Literal['float32', 'bfloat16'] = 'float32'  # of activations and matmuls; parameters are float32
     remat: Literal['none', 'full'] = 'none'  # recompute each block in the backward pass
@@ -228,7 +228,7 @@ class Stage:
     task: Literal['contrastive', 'generative']
     total: Duration = Duration()  # how long; required
     batch_size: Positive = 64  # global, examples
-    accumulate: Positive = 1  # micro-batches of a step: less memory, the same update
+    accumulate: Positive = 1  # micro-batches of a step: less memory, the same update to rounding
     seed: Count = 0  # of the init, the data order and dropout
     mesh: Mesh = Mesh()
     contract: Contract = Contract()

@@ -89,6 +89,11 @@ def _trainable(stage: Stage, where: str) -> None:
         raise UserError(f'{where}.data.sources is empty: name at least one source')
     if not any(source.weight for source in stage.data.sources.values()):
         raise UserError(f'{where}.data.sources: every weight is 0')
+    if stage.accumulate > 1 and stage.task == 'generative' and stage.model.average == 'token':
+        raise UserError(
+            f"{where}.accumulate={stage.accumulate}: a mean over the tokens of a batch (model.average='token') is not "
+            "that of its micro-batches': use model.average='example', or accumulate=1"
+        )
 
 
 def to_dict(section: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ which training replaces and counts, and which evaluation reports by name.
     prefix, suffix    prompt and answer, from a field or a template: suffix('{caption}')
     question          prompt and answer from the example's questions, one at random
     dialogue          several of them, one after another in one row (training)
+    also              what follows asks something else about the same image, in the same row (training)
     detect            prompt and answer for boxes of an object, or of every digit
     tokenize          the decoder's rows from prefix and suffix
 
@@ -19,7 +20,7 @@ An example may carry `objects` (columns bbox, color, digit …) and `questions` 
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
@@ -104,10 +105,8 @@ def question(example: Example, context: 'Context', *kinds: str) -> None:
     _ask(example, context, 1, kinds)
 
 
-def dialogue(example: Example, context: 'Context', turns: int, *kinds: str) -> None:
+def dialogue(example: Example, context: 'Context', turns: Annotated[int, 1], *kinds: str) -> None:
     """`question`, and in training up to `turns` of them, all different: the image is encoded once for all answers."""
-    if turns < 1:
-        raise UserError(f'dialogue({turns}): there must be at least 1 turn')
     _ask(example, context, turns if context.train else 1, kinds)
 
 

@@ -13,7 +13,7 @@ import sentencepiece
 from big_vlm.config import UserError
 from big_vlm.data.coordinates import NUM_LOCATIONS, NUM_SEGMENTS, TOKEN
 
-UNKNOWN, USER_DEFINED = 2, 4  # SentencePiece's numbers of two kinds of pieces
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # SentencePiece's numbers of three kinds of pieces
 _BYTE_PAIRS = 2  # and of its model
 _REMEMBERED = 1 << 16  # texts; captions and questions repeat
 
@@ -157,6 +157,12 @@ class Tokenizer:
         if 0 <= number - NUM_LOCATIONS < NUM_SEGMENTS:
             return f'<seg{number - NUM_LOCATIONS:03d}>'
         return '\ufffd'
+
+    def same_pieces(self, other: 'Tokenizer') -> bool:
+        """Whether an id means the same to both."""
+        if self.sha256 == other.sha256:
+            return True
+        return self.base == other.base and all(self.piece(i) == other.piece(i) for i in range(self.base))
 
     def save(self, path: str | Path) -> None:
         """Writes the SentencePiece model file."""

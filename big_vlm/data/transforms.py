@@ -121,7 +121,7 @@ def _literal(node: ast.expr, name: str, where: str) -> Any:
 def _check_arguments(name: str, args: list, kwargs: dict[str, Any], where: str) -> None:
     parameters = list(inspect.signature(operations.OPERATIONS[name]).parameters.values())[2:]
     signature = inspect.Signature(parameters)
-    usage = f'{name}{signature}'
+    usage = f'{name}{signature}'.replace('typing.Annotated[int, 1]', 'int ≥ 1')
     for key in kwargs:
         if key not in signature.parameters:
             raise unknown('argument', key, signature.parameters, f'{where}, {usage}')
@@ -142,6 +142,9 @@ def _fits(value: Any, annotation: Any) -> bool:
         return any(_fits(value, part) for part in typing.get_args(annotation))
     if typing.get_origin(annotation) is typing.Literal:
         return value in typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Annotated:
+        kind, least = typing.get_args(annotation)
+        return _fits(value, kind) and value >= least
     if annotation is None:
         return value is None
     # True is an int to Python, not to a person.

@@ -19,7 +19,7 @@ def format_of(path: str | os.PathLike) -> str:
     if big_vision.split(path)[0].suffix == '.npz':
         return 'npz'
     folder = pathlib.Path(path).expanduser()
-    if folder.suffix == '.gguf':
+    if folder.suffix == '.gguf' and not folder.is_dir():
         return 'gguf'
     if safetensors_files.holds(folder):
         return 'hugging_face'

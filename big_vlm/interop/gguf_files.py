@@ -54,11 +54,11 @@ def read(file: pathlib.Path) -> File:
     except ValueError:
         raise UserError(f'{file} is empty') from None
     said, tensors, start = _header(_Cursor(data, file))
-    if said.get('split.count', 1) not in (0, 1):
+    if str(said.get('split.count', 1)) not in ('0', '1'):
         raise UserError(f'{file} is one of {said["split.count"]} parts: join them first, llama-gguf-split --merge')
     shapes, places, unknown, beyond, kinds = {}, {}, [], [], set(GGMLQuantizationType)
     for name, (shape, kind, offset) in tensors.items():
-        if kind not in kinds or (shape and shape[-1] % GGML_QUANT_SIZES[kind][0]):
+        if kind not in kinds or not shape or shape[-1] % GGML_QUANT_SIZES[kind][0]:
             unknown.append(f'{name} (type {kind}, {list(shape)})')
             continue
         block, nbytes = GGML_QUANT_SIZES[kind]

@@ -8,6 +8,7 @@ by the width is known by its number of layers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -79,7 +80,8 @@ def read(file: pathlib.Path) -> Pretrained:
     settings = config.Contract(lower=False)
     ours = pretrained.expected(family, model, settings, tokens or hugging_face_decoder.ROWS[family])
     check_names(rows.their_shapes(table, ours), weights.shapes, str(file), f'the {architecture} that it describes')
-    tokenizer = gguf_tokenizer.read(said, tokens, str(file))
+    # Made when it is asked for: that takes seconds, and weights alone don't need it.
+    tokenizer = functools.partial(gguf_tokenizer.read, said, tokens, str(file))
     return Pretrained(family, model, settings, tokens, rows.to_ours(table, ours, _without_ones(weights)), tokenizer)
 
 

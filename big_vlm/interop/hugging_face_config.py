@@ -17,7 +17,7 @@ from big_vlm.data.contract import Contract
 from big_vlm.interop import hugging_face_decoder, pretrained
 from big_vlm.interop.hugging_face_keys import fixed, sizes, their_sizes
 from big_vlm.interop.pretrained import Pretrained
-from big_vlm.models import gemma, vit
+from big_vlm.models import gemma, resnet, vit
 
 # Their key → (ours, what an absent key means).
 _VISION = {
@@ -226,10 +226,17 @@ def _expressible(model: Pretrained) -> None:
     sections = model.model
     needs = []
     if model.family not in pretrained.DECODERS:
+        if resnet.is_variant(sections.image.variant):
+            raise UserError(
+                f'{model.weights.where}: model.image.variant is {sections.image.variant!r}, a ResNet, and transformers '
+                f'has no {model.family} with one'
+            )
         needs.append(('model.image.position', sections.image.position, 'learn'))
     if model.family == 'siglip':
         width = vit.ViT(**dataclasses.asdict(sections.image)).sizes['width']
         needs += [
+            ('model.text.kind', sections.text.kind, 'transformer'),
+            ('model.text.causal', sections.text.causal, False),
             ('model.image.pool', sections.image.pool, 'map'),
             ('model.text.pool', sections.text.pool, 'last'),
             ('model.text.mask', sections.text.mask, False),

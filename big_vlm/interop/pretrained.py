@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 
@@ -41,7 +41,7 @@ class Pretrained:
       settings: the preprocessing, as a config says it.
       vocab_size: rows of the token table.
       weights: under our names: 'img/…', 'txt/…', 'llm/…', 't', 'b'.
-      tokenizer: what came with it: a SentencePiece file, a tokenizer, or None.
+      tokenizer: what came with it: a SentencePiece file, a tokenizer, a function that makes one, or None.
     """
 
     family: str
@@ -49,7 +49,7 @@ class Pretrained:
     settings: config.Contract
     vocab_size: int
     weights: LazyWeights
-    tokenizer: pathlib.Path | Tokenizer | None = None
+    tokenizer: pathlib.Path | Tokenizer | Callable[[], Tokenizer | None] | None = None
 
     @property
     def task(self) -> str:
@@ -64,7 +64,9 @@ class Pretrained:
 
     def own_tokenizer(self) -> Tokenizer | None:
         """The tokenizer that came with it. Raises UserError if that is none."""
-        return Tokenizer.load(self.tokenizer) if isinstance(self.tokenizer, pathlib.Path) else self.tokenizer
+        if isinstance(self.tokenizer, pathlib.Path):
+            return Tokenizer.load(self.tokenizer)
+        return self.tokenizer() if callable(self.tokenizer) else self.tokenizer
 
     def contract(self, tokenizer: Tokenizer) -> Contract:
         """The preprocessing contract. Raises UserError if the tokenizer's vocabulary is not the token table's."""

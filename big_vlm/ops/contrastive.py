@@ -113,7 +113,7 @@ def softmax_loss(
 def default_tile(width: int) -> int:
     """Images whose logits a device holds at once: the largest power of two up to the embedding width, at least 128.
 
-    A tile's logits are then no larger than the text gradients that travel.
+    From width 128 on, a tile's logits are then no larger than the text gradients that travel.
     """
     return max(1 << (width.bit_length() - 1), 128)
 

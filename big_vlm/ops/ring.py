@@ -88,6 +88,8 @@ def walk(
         return jax.lax.platform_dependent(tree, cpu=together, default=functools.partial(jax.tree.map, transfer))
 
     def hop(_, state):
+        # What the last hop requests nobody uses. It travels beside products; a last hop of its own would be compiled,
+        # and its buffers held, a second time.
         current, kept, carried = state
         following, arrived = send((current, carried))
         kept, carried = fold(kept, current, 0, rows, False)

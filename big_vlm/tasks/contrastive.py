@@ -70,8 +70,12 @@ class Contrastive:
     def loss_from_embeddings(
         self, params: dict, zimg: jax.Array, ztxt: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """(loss, metrics) of a global batch of embeddings [B,E]; apart from `embed` so that accumulation is exact."""
+        """(loss, metrics) of a global batch of embeddings [B,E]; apart from `embed` so that accumulation is exact.
+
+        They are compared in the model's dtype: a bfloat16 model's products run at bfloat16's speed.
+        """
         t, b = params['t'], params['b']
+        zimg, ztxt = zimg.astype(self.dtype), ztxt.astype(self.dtype)
         where = dict(form=self.loss_form, mesh=self.mesh if self.loss_form == 'ring' else None)
         if self.loss_name == 'softmax':
             loss = contrastive.softmax_loss(zimg, ztxt, t, direction=self.direction, **where)

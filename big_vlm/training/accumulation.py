@@ -39,8 +39,8 @@ def value_and_grad(task: Any, count: int) -> ValueAndGrad:
     """The function that gives a task's loss and gradients in `count` micro-batches.
 
     Tasks that split their loss into `embed` and `loss_from_embeddings` get the gradients of the whole batch. Others get
-    the mean over micro-batches: the same where the loss is a mean over examples; a mean over tokens, or over examples
-    of which some have no supervised token, becomes the mean of the micro-batches' means. Metrics are means too. Each
+    the mean over micro-batches: the same where the loss is a mean over examples; where some of those have no supervised
+    token, it becomes the mean of the micro-batches' means. Metrics are means too. Each
     micro-batch draws dropout with its own key, and `stats` pass from one to the next.
     """
     if count == 1:

@@ -71,7 +71,7 @@ def check(stages: Mapping[str, Stage], shapes: Mapping[str, Any], name: str, whe
         if ours.split('/')[0] != 'img':
             given = stage.tokenizer.path
             if init.path:
-                _check_tokenizer(given, _own_tokenizer(folder), where)
+                _check_tokenizer(given, folder, where)
             else:
                 _check_stage_tokenizer(given, stages[init.stage].tokenizer.path, where)
         if _resized(init, ours, wanted, found):
@@ -101,23 +101,25 @@ def _check_contract(part: str, ours: config.Contract, theirs: config.Contract | 
             )
 
 
-def _own_tokenizer(folder: pathlib.Path) -> pathlib.Path:
-    """Where a bundle or a Hugging Face folder keeps it; a file has none beside it."""
-    return interop.find_tokenizer(folder) or folder / 'tokenizer.model'
-
-
-def _check_tokenizer(given: str, own: pathlib.Path, where: str) -> None:
-    """Token ids mean the same to the weights and to the run. `own`: where a bundle keeps the one of its weights."""
-    if not given or (own.is_file() and Tokenizer.load(given).sha256 != Tokenizer.load(own).sha256):
-        raise UserError(
-            f'{where}.path: its text weights belong to its tokenizer{f", and {given} is another" if given else ""}: '
-            f"set tokenizer.path (a bundle has it as {own}), or take parts={{'img': 'img'}} alone"
-        )
+def _check_tokenizer(given: str, weights: pathlib.Path, where: str) -> None:
+    """Token ids mean the same to the run and to a bundle, a Hugging Face folder or a GGUF file. An .npz can't tell."""
+    in_file, kept = interop.format_of(weights) == 'gguf', interop.find_tokenizer(weights) or weights / 'tokenizer.model'
+    if given:
+        own = Tokenizer.load(kept) if kept.is_file() else interop.read(weights).own_tokenizer() if in_file else None
+        if own is None or Tokenizer.load(given).same_pieces(own):
+            return
+    found = (
+        f'python -m tools.convert {weights} BUNDLE --to=bundle writes it' if in_file else f'a bundle has it as {kept}'
+    )
+    raise UserError(
+        f'{where}.path: its text weights belong to its tokenizer{f", and {given} is another" if given else ""}: '
+        f"set tokenizer.path ({found}), or take parts={{'img': 'img'}} alone"
+    )
 
 
 def _check_stage_tokenizer(given: str, theirs: str, where: str) -> None:
     """The same between two stages of a run. Those that are given none share one."""
-    if given == theirs or (given and theirs and Tokenizer.load(given).sha256 == Tokenizer.load(theirs).sha256):
+    if given == theirs or (given and theirs and Tokenizer.load(given).same_pieces(Tokenizer.load(theirs))):
         return
     raise UserError(
         f'{where}.stage: its text weights belong to its tokenizer, {theirs or "which the run trains"}, and '

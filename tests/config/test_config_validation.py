@@ -87,6 +87,13 @@ def test_a_mistake_costs_one_line_that_names_the_key(key, value, message):
     assert '\n' not in str(error.value)
 
 
+def test_micro_batches_of_a_mean_over_tokens():
+    several = {**STAGE, 'task': 'generative', 'accumulate': 2}
+    assert c.parse_stage(several).accumulate == 2
+    with pytest.raises(c.UserError, match=r"config.accumulate=2: .*: use model.average='example', or accumulate=1"):
+        c.parse_stage({**several, 'model': {'average': 'token'}})
+
+
 @pytest.mark.parametrize(
     ('config', 'message'),
     [

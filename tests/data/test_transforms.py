@@ -151,8 +151,8 @@ def test_a_dialogue_asks_several_questions_in_one_row(free, tokenizer):
     assert 1 + len(every['more']) == len(pairs)
     row = transforms.parse('dialogue(2) | tokenize', where='')(record | {'image': np.zeros((4, 4, 3))}, context)
     assert row['mask_loss'].sum() > 2 and np.count_nonzero(np.diff(row['mask_loss']) == 1) == 2
-    with pytest.raises(UserError, match='at least 1 turn'):
-        transforms.parse('dialogue(0)', where='')(record, context)
+    with pytest.raises(UserError, match=r'turns=0 does not fit: it is dialogue\(turns: int ≥ 1'):
+        transforms.parse('dialogue(0)', where='')
 
 
 def test_also_asks_something_else_about_the_image(free, tokenizer):

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from big_vlm import interop
 from big_vlm.config import UserError
 from big_vlm.data.tokenizer import Tokenizer
+from big_vlm.interop import gguf_tokenizer
 from tools import convert
 
 gguf = pytest.importorskip('gguf', reason='needs the package gguf')
@@ -75,6 +76,8 @@ def add_tokenizer(writer, path):
         kind = 3 if pieces.is_control(i) or pieces.is_unknown(i) else 6 if pieces.is_byte(i) else 1
         if token in ('\n', '▁▁'):
             token, kind = token.replace('▁', ' '), 4
+        if i == len(pieces) - 1:
+            token, kind = '<start_of_turn>', 3
         tokens.append(token)
         scores.append(pieces.get_score(i))
         kinds.append(kind)
@@ -122,6 +125,8 @@ def test_the_tokenizer_is_built_again(tmp_path, text):
     assert (ours.base, ours.pad_id, ours.bos_id, ours.eos_id) == (theirs.base, 0, 2, 1)
     assert ours.encode(text) == theirs.encode(text)
     assert ours.decode(ours.encode(text)) == text
+    # A control piece of theirs that a text may spell.
+    assert ours.encode(f'{text}<start_of_turn>{text}') == [*ours.encode(text), ours.base - 1, *ours.encode(text)]
 
 
 def test_the_tool_makes_a_folder_of_it(tmp_path, capsys):
@@ -181,6 +186,11 @@ def gone(name):
         ),
         (lambda f: llama(f), "unknown general.architecture 'llama'.*valid: gemma, gemma2, gemma3"),
         (lambda f: split(f), 'one of 3 parts: join them first'),
+        (lambda f: split(f, [1, 2]), r'one of \[1 2\] parts'),
+        (
+            lambda f: write(f, 'gemma3', change=lambda t: t.update(x=np.float32(1))),
+            r'cannot be dequantised: x \(type 0, \[\]',
+        ),
     ],
 )
 def test_refused_in_one_line_and_nothing_is_left(tmp_path, capsys, make, message):
@@ -198,9 +208,9 @@ def llama(file):
     close(writer)
 
 
-def split(file):
+def split(file, count=3):
     writer = gguf.GGUFWriter(file, 'gemma3')
-    writer.add_uint16('split.count', 3)
+    writer.add_key_value('split.count', count, gguf.GGUFValueType.UINT16 if count == 3 else gguf.GGUFValueType.ARRAY)
     writer.add_tensor('token_embd.weight', np.zeros((2, 2), np.float32))
     close(writer)
 
@@ -212,11 +222,18 @@ def close(writer):
     writer.close()
 
 
+@pytest.mark.parametrize('key, value', [('tokens', np.zeros(1)), ('scores', [b'a']), ('token_type', [b'a'])])
+def test_lists_of_another_kind_are_damage(key, value):
+    said = {'model': 'llama', 'tokens': [b'a'], 'scores': np.zeros(1), 'token_type': np.ones(1), key: value}
+    with pytest.raises(UserError, match='its pieces are no texts, or their scores and types no numbers'):
+        gguf_tokenizer.read({f'tokenizer.ggml.{key}': value for key, value in said.items()}, 1, 'here')
+
+
 def test_a_vocabulary_of_another_size_is_refused(tmp_path):
     def longer(tensors):
         tensors['token_embd.weight'] = np.zeros((310, 16), np.float32)
 
     with pytest.raises(UserError, match='300 pieces, 300 scores and 300 types for a token table of 310 rows'):
-        interop.read(write(tmp_path / 'x.gguf', 'gemma3', change=longer))
+        interop.read(write(tmp_path / 'x.gguf', 'gemma3', change=longer)).own_tokenizer()
     bare = interop.read(write(tmp_path / 'y.gguf', 'gemma3', change=longer, tokenizer=False))
     assert (bare.vocab_size, bare.own_tokenizer()) == (310, None)

@@ -210,6 +210,26 @@ def test_nothing_of_ours_is_left_behind(tmp_path, decoder, sections, message):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ('tower', 'change', 'message'),
+    [
+        ('text', {'causal': True}, r'model\.text\.causal is True, and transformers computes a siglip with False'),
+        (
+            'image',
+            {'variant': 'R50'},
+            "model.image.variant is 'R50', a ResNet, and transformers has no siglip with one",
+        ),
+    ],
+)
+def test_towers_that_transformers_has_not(tmp_path, tower, change, message):
+    model = interop.read(GOLDENS / 'siglip')
+    changed = dataclasses.replace(getattr(model.model, tower), **change)
+    model = dataclasses.replace(model, model=dataclasses.replace(model.model, **{tower: changed}))
+    with pytest.raises(UserError, match=message):
+        hugging_face.write(tmp_path / 'folder', model)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_may_mix_dtypes(tmp_path):
     model = interop.read(GOLDENS / 'siglip')
     leaf = model.weights.shapes['t']

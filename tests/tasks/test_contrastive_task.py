@@ -142,6 +142,15 @@ def test_bfloat16_computes_in_it_and_keeps_float32_outside():
     assert 1e-5 < worst < 5e-2
 
 
+def test_bfloat16_embeddings_are_compared_in_it():
+    zimg, ztxt = np.random.default_rng(0).normal(size=(2, 4, 8)).astype(np.float32)
+    scalars = {'t': jnp.zeros(1), 'b': jnp.zeros(1)}
+    loss, _ = make(dtype='bfloat16').loss_from_embeddings(scalars, zimg, ztxt)
+    rounded = (z.astype(jnp.bfloat16).astype(np.float32) for z in (zimg, ztxt))
+    np.testing.assert_allclose(loss, make().loss_from_embeddings(scalars, *rounded)[0], rtol=1e-6)
+    assert abs(loss - make().loss_from_embeddings(scalars, zimg, ztxt)[0]) > 1e-5
+
+
 @pytest.mark.parametrize(
     'direction', ['both', *(pytest.param(one, marks=pytest.mark.slow) for one in ('image_to_text', 'text_to_image'))]
 )

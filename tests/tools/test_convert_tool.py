@@ -143,6 +143,7 @@ def no_tokenizer(tmp_path):
         (lambda tmp: ['/nowhere/at/all', '{dst}'], 'no such file or folder'),
         (lambda tmp: [str(GOLDENS / 'siglip'), str(GOLDENS)], 'exists: choose another name'),
         (lambda tmp: [str(GOLDENS / 'siglip'), '{dst}', '--to=onnx'], "unknown format 'onnx'"),
+        (lambda tmp: [str(GOLDENS / 'gemma'), '{dst}.gguf'], 'GGUF is read, not written'),
         (lambda tmp: [str(GOLDENS / 'siglip'), '{dst}', '--image_size=3'], 'holds no patch'),
         (lambda tmp: [str(GOLDENS / 'gemma'), '{dst}', '--image_size=28'], 'no learned position embedding'),
         (lambda tmp: [str(GOLDENS / 'siglip'), '{dst}', '--image_size=28', '--resize=x'], 'unknown position resize'),

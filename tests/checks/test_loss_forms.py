@@ -10,6 +10,7 @@ from big_vlm.config import UserError
 from big_vlm.ops import contrastive
 
 
+@pytest.mark.slow
 def test_every_form_agrees():
     rows = list(loss_forms.compare(batch=48, width=16, accumulate=3))
     assert [row.form for row in rows[:4]] == ['dense', 'tiled', 'ring', 'accumulated']

@@ -70,6 +70,7 @@ def whole(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_killed_twice(whole, tmp_path):
     """SIGKILL at two random steps. The losses of the repeated steps replace those of the killed run."""
     rng = random.Random()

@@ -134,7 +134,7 @@ class Model:
 class Source:
     """One source of the training mixture."""
 
-    dataset: str = 'digit_scenes/cells'  # TFDS name
+    dataset: str = 'digit_scenes/cells'  # TFDS name, or FILE.jsonl
     split: str = 'train'
     weight: Amount = 1.0  # relative rate in the mixture
     where: dict[str, Any] = field(default_factory=dict)  # only records whose fields have these values (or one of them)
@@ -146,7 +146,7 @@ class Data:
     """Training data and how it is read."""
 
     sources: dict[str, Source] = field(default_factory=dict)
-    data_dir: str = ''  # prepared datasets; '': ~/.cache/big_vlm
+    data_dir: str = ''  # prepared datasets and .jsonl files; '': ~/.cache/big_vlm, and where the program runs
     workers: Count = 0  # processes; 0: threads of this one
     threads: Positive = 2  # decoding threads
     prefetch: Positive = 2  # batches made ahead

@@ -209,8 +209,8 @@ class Eval:
 
 
 @dataclass(frozen=True)
-class InitFrom:
-    """Where the first weights come from. Both empty: random."""
+class Weights:
+    """Where weights come from. Neither stage nor path: nowhere."""
 
     stage: str = ''  # an earlier stage of this run
     path: str = ''  # a bundle, a checkpoint, FILE.npz[:SUBTREE], FILE.gguf or a Hugging Face folder
@@ -218,6 +218,20 @@ class InitFrom:
     fresh: tuple[str, ...] = ()  # regexes of parameters that stay as initialised, such as a new head
     resize_position: bool = True  # resize learned position embeddings to our resolution
     resize_method: Literal['bilinear', 'bicubic', 'antialiased'] = 'bilinear'  # big_vision's, Hugging Face's, NaFlex's
+
+
+@dataclass(frozen=True)
+class InitFrom(Weights):
+    """Where the first weights come from. Nothing given: random."""
+
+    also: tuple[
+        Weights, ...
+    ] = ()  # others besides, as a decoder's to an image tower; the later goes before the earlier
+
+    def given(self) -> dict[str, Weights]:
+        """Key below the stage → what is given there, in the order in which it is taken."""
+        every = {'init_from': self, **{f'init_from.also[{i}]': weights for i, weights in enumerate(self.also)}}
+        return {key: weights for key, weights in every.items() if weights.stage or weights.path}
 
 
 @dataclass(frozen=True)

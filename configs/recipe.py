@@ -7,7 +7,7 @@ Every recipe takes, after the colon of its name and separated by commas:
     text=caption            field of the text, or column of several (captions/text), of which one is drawn
     data_dir=DIR            where `data` lies
     tokenizer=FILE          SentencePiece model; else one of the published size is trained on the texts
-    fsdp=8                  devices among which every weight is split; all others hold copies
+    fsdp=1                  devices among which every weight is split, 8 for large models; all others hold copies
     seed=0
     runlocal                two steps of a tiny model per stage, on digit scenes unless `data` is given
 

@@ -80,12 +80,10 @@ class JsonLines:
             raise UserError(f'{where}: a line must be one JSON object, {{"image": …}}, not {line[:40]!r}')
         image = record.get('image')
         if not isinstance(image, str):
-            raise UserError(
-                f"{where}: no text in 'image', the picture's path; there is {', '.join(record) or 'nothing'}"
-            )
+            raise UserError(f"{where}: no text in 'image', the picture's path; there is {list(record)[:10]}")
         # Opened as it is spelt here: '..' behind a link would lead elsewhere than it reads.
         inside = os.path.normpath(image)
-        if os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir or '\0' in inside:
+        if os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir or '\0' in image:
             raise UserError(
                 f'{where}: image {image!r} is not below {self.path.parent}: name it relative to that folder'
             )

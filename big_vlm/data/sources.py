@@ -198,12 +198,18 @@ def _builder(dataset: str, folder: Path) -> tfds.core.DatasetBuilder:
         raise unknown('dataset', name, [*_EMBEDDED, *tfds.list_builders(with_community_datasets=False)]) from None
     except ValueError as error:
         raise UserError(f'cannot open dataset {dataset!r}: {_first_line(error)}') from error
+    except ImportError as error:  # some builders need TensorFlow to be made; what they write does not need it
+        raise _unprepared(dataset, folder, f' elsewhere: {str(error).rpartition(": ")[2]} here') from None
     if not Path(builder.data_dir, 'dataset_info.json').is_file():
-        raise UserError(
-            f'dataset {dataset!r} is not prepared in {folder}: run tfds.builder({dataset!r}, data_dir={str(folder)!r}, '
-            "file_format='array_record').download_and_prepare()"
-        )
+        raise _unprepared(dataset, folder)
     return builder
+
+
+def _unprepared(dataset: str, folder: Path, place: str = '') -> UserError:
+    return UserError(
+        f'dataset {dataset!r} is not prepared in {folder}: run tfds.builder({dataset!r}, data_dir={str(folder)!r}, '
+        f"file_format='array_record').download_and_prepare(){place}"
+    )
 
 
 def _embedded(kind: type, config: str, folder: Path) -> tfds.core.DatasetBuilder:

@@ -12,7 +12,7 @@ from big_vlm import bundle, config
 from big_vlm.config import UserError
 from big_vlm.sharding import mesh as meshes
 from big_vlm.sharding import rules
-from big_vlm.training import stages
+from big_vlm.training import schedules, stages
 from big_vlm.training import step as steps
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -94,6 +94,22 @@ def test_what_is_read():
         split='train[:9]',
         pipeline='decode | resize(224) | prefix(\'{question}\') | suffix("{answer}") | tokenize',
     )
+
+
+def test_paligemma_learns_along_one_curve():
+    """After its own warmup the image tower's rate is the decoder's, and stage 2 goes on where stage 1 ends."""
+    stage1, *later = load('paligemma_3b').values()
+    total = 1_000_000_000 // stage1.batch_size
+    image = dict(stage1.optimizer.rules)['img/.*']
+    assert (stage1.optimizer.warmup.percent, image.warmup.percent) == (5, 20)
+    decoder = schedules.learning_rate('rsqrt', stage1.optimizer.lr, total, total // 20)
+    tower = schedules.learning_rate('rsqrt', stage1.optimizer.lr * image.lr, total, total // 5)
+    assert tower(total // 10) < 0.5 * decoder(total // 10)
+    for step in (total // 5, total // 2, total):
+        np.testing.assert_allclose(tower(step), decoder(step), rtol=1e-4)
+    for stage in later:
+        assert stage.optimizer.schedule == 'constant'
+        np.testing.assert_allclose(stage.optimizer.lr, decoder(total), rtol=1e-4)
 
 
 def test_others_weights_are_asked_for():

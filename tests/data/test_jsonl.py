@@ -87,7 +87,7 @@ def test_where(folder):
         ('["a.png"]', ':3: a line must be one JSON object'),
         (
             '{"picture": "a.png", "caption": ""}',
-            ":3: no text in 'image', the picture's path; there is picture, caption",
+            ":3: no text in 'image', the picture's path; there is ['picture', 'caption']",
         ),
         ('{"image": 3}', ":3: no text in 'image'"),
         ('{"image": "../a.png"}', ":3: image '../a.png' is not below"),

@@ -12,7 +12,7 @@ from PIL import Image
 
 from big_vlm import config
 from big_vlm.bundle import Bundle
-from big_vlm.data import sources, transforms
+from big_vlm.data import images, sources, transforms
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
@@ -132,6 +132,24 @@ def test_the_example_dataset_feeds_the_example_config(tmp_path, monkeypatch):
     records = sources.load(source.dataset, source.split, data_dir)
     texts = [text for i in range(len(records)) for text in pipeline.texts(records[i])]
     assert sorted(texts) == ['a blue wall', 'a green wall', 'a red wall']
+
+
+def test_the_example_lines_feed_the_example_config(tmp_path, monkeypatch):
+    [lines] = blocks('json')
+    [example] = [code for code in blocks('python') if 'def get_config' in code]
+    (tmp_path / 'photos' / 'harbour').mkdir(parents=True)
+    (tmp_path / 'photos' / 'captions.jsonl').write_text(lines)
+    Image.new('RGB', (64, 48), 'red').save(tmp_path / 'photos' / 'harbour' / '001.png')
+    (tmp_path / 'example.py').write_text(example.replace('my_captions', 'photos/captions.jsonl'))
+    monkeypatch.chdir(tmp_path)
+    [stage] = config.validate(config.load_config('example.py')).values()
+    [source] = stage.data.sources.values()
+    sources.check(source.dataset, source.split)
+    records = sources.load(source.dataset, source.split)
+    pipeline = transforms.parse(source.pipeline, where='README.md')
+    texts = [text for i in range(len(records)) for text in pipeline.texts(records[i])]
+    assert texts == ['two boats at a quay', 'a lighthouse in the fog']
+    assert images.decode(records[0]['image']).shape == (48, 64, 3)
 
 
 def test_python_uses_what_exists():

@@ -21,6 +21,7 @@ from big_vlm.config.schema import Source as Source
 from big_vlm.config.schema import Stage as Stage
 from big_vlm.config.schema import TextTower as TextTower
 from big_vlm.config.schema import Tokenizer as Tokenizer
+from big_vlm.config.schema import Weights as Weights
 from big_vlm.config.validation import parse_stage as parse_stage
 from big_vlm.config.validation import to_dict as to_dict
 from big_vlm.config.validation import validate as validate

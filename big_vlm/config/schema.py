@@ -135,7 +135,7 @@ class Model:
 class Source:
     """One source of the training mixture."""
 
-    dataset: str = 'digit_scenes/cells'  # TFDS name
+    dataset: str = 'digit_scenes/cells'  # TFDS name, or FILE.jsonl
     split: str = 'train'
     weight: Amount = 1.0  # relative rate in the mixture
     where: dict[str, Any] = field(default_factory=dict)  # only records whose fields have these values (or one of them)
@@ -147,7 +147,7 @@ class Data:
     """Training data and how it is read."""
 
     sources: dict[str, Source] = field(default_factory=dict)
-    data_dir: str = ''  # prepared datasets; '': ~/.cache/big_vlm
+    data_dir: str = ''  # prepared datasets and .jsonl files; '': ~/.cache/big_vlm, and where the program runs
     workers: Count = 0  # processes; 0: threads of this one
     threads: Positive = 2  # decoding threads
     prefetch: Positive = 2  # batches made ahead
@@ -210,8 +210,8 @@ class Eval:
 
 
 @dataclass(frozen=True)
-class InitFrom:
-    """Where the first weights come from. Both empty: random."""
+class Weights:
+    """Where weights come from. Neither stage nor path: nowhere."""
 
     stage: str = ''  # an earlier stage of this run
     path: str = ''  # a bundle, a checkpoint, FILE.npz[:SUBTREE], FILE.gguf or a Hugging Face folder
@@ -219,6 +219,20 @@ class InitFrom:
     fresh: tuple[str, ...] = ()  # regexes of parameters that stay as initialised, such as a new head
     resize_position: bool = True  # resize learned position embeddings to our resolution
     resize_method: Literal['bilinear', 'bicubic', 'antialiased'] = 'bilinear'  # big_vision's, Hugging Face's, NaFlex's
+
+
+@dataclass(frozen=True)
+class InitFrom(Weights):
+    """Where the first weights come from. Nothing given: random."""
+
+    also: tuple[
+        Weights, ...
+    ] = ()  # others besides, as a decoder's to an image tower; the later goes before the earlier
+
+    def given(self) -> dict[str, Weights]:
+        """Key below the stage → what is given there, in the order in which it is taken."""
+        every = {'init_from': self, **{f'init_from.also[{i}]': weights for i, weights in enumerate(self.also)}}
+        return {key: weights for key, weights in every.items() if weights.stage or weights.path}
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,10 @@ def validate(config: Any) -> dict[str, Stage]:
                 raise unknown('stage', name, [k for k in raw if isinstance(raw[k], dict)], 'config.stages')
             raise unknown('key', name, ['stages', *names], 'config')
         stage = parse_stage(raw[name], f'config.{name}')
-        source = stage.init_from.stage
-        if name in names and source and source not in names[: names.index(name)]:
-            raise unknown('earlier stage', source, names[: names.index(name)], f'config.{name}.init_from.stage')
+        earlier = names[: names.index(name)] if name in names else []
+        for key, source in stage.init_from.given().items():
+            if name in names and source.stage and source.stage not in earlier:
+                raise unknown('earlier stage', source.stage, earlier, f'config.{name}.{key}.stage')
         stages[name] = stage
     return {name: stages[name] for name in names}
 
@@ -62,8 +63,9 @@ def parse_stage(config: Any, where: str = 'config', *, trained: bool = True) -> 
         _trainable(stage, where)
     if stage.contract.value_range[0] >= stage.contract.value_range[1]:
         raise UserError(f'{where}.contract.value_range: must rise, got {stage.contract.value_range}')
-    if stage.init_from.stage and stage.init_from.path:
-        raise UserError(f'{where}.init_from: stage and path are both given; keep one')
+    for key, source in stage.init_from.given().items():
+        if source.stage and source.path:
+            raise UserError(f'{where}.{key}: stage and path are both given; keep one')
     for name in ('b1', 'b2', 'ema_decay'):
         if getattr(stage.optimizer, name) >= 1:
             raise UserError(f'{where}.optimizer.{name}: must be below 1, got {getattr(stage.optimizer, name)}')

@@ -7,7 +7,7 @@ which training replaces and counts, and which evaluation reports by name.
     resize            to a square, as the contract says unless told otherwise
     shuffle_channels  colours at random (training)
     text              a dual encoder's text and text_mask
-    first             a field from the first item of a column: a label
+    first, choice     a field from an item of a column: a label, or one of several captions
     prefix, suffix    prompt and answer, from a field or a template: suffix('{caption}')
     question          prompt and answer from the example's questions, one at random
     dialogue          several of them, one after another in one row (training)
@@ -15,7 +15,8 @@ which training replaces and counts, and which evaluation reports by name.
     detect            prompt and answer for boxes of an object, or of every digit
     tokenize          the decoder's rows from prefix and suffix
 
-An example may carry `objects` (columns bbox, color, digit …) and `questions` (columns question, answer, kind).
+An example may carry `objects` (columns bbox, and label or color and digit) and `questions` (columns question, answer,
+kind).
 """
 
 import re
@@ -77,14 +78,14 @@ def text(example: Example, context: 'Context', source: str) -> None:
     example['text'], example['text_mask'] = prompts.contrastive_text(ids, context.contract)
 
 
-def first(example: Example, context: 'Context | None', column: str, name: str) -> None:
+def first(example: Example, context: 'Context', column: str, name: str) -> None:
     """The first item of a column, `first('objects/digit', 'digit')`, as a field of its own: a label to evaluate."""
-    value: Any = example
-    for key in column.split('/'):
-        value = _field(value, key)
-    if not len(value):
-        raise ValueError(f'{column} is empty')
-    example[name] = value[0].item() if isinstance(value[0], np.generic) else value[0]
+    example[name] = _item(example, column, lambda count: 0)
+
+
+def choice(example: Example, context: 'Context', column: str, name: str) -> None:
+    """An item of a column at random, `choice('captions/text', 'caption')`, as a field; the first if not in training."""
+    example[name] = _item(example, column, lambda count: context.rng.integers(count) if context.train else 0)
 
 
 def prefix(example: Example, context: 'Context', template: str) -> None:
@@ -189,7 +190,10 @@ def tokenize(example: Example, context: 'Context') -> None:
     example['image_mask'] = np.ones(1, bool)
 
 
-_ALL = (decode, resize, shuffle_channels, text, first, prefix, suffix, question, dialogue, also, detect, tokenize)
+_ALL = (
+    decode, resize, shuffle_channels, text, first, choice,
+    prefix, suffix, question, dialogue, also, detect, tokenize,
+)  # fmt: skip
 OPERATIONS: dict[str, Callable[..., None]] = {operation.__name__: operation for operation in _ALL}
 
 
@@ -217,7 +221,16 @@ TEXTS: dict[str, Callable[..., Iterator[str]]] = {
 }
 
 
+# The fields that an operation may make of a record for those after it.
+FIELDS: dict[str, Callable[..., Iterator[Example]]] = {
+    'first': lambda record, column, name: ({name: value} for value in _column(record, column)[:1]),
+    'choice': lambda record, column, name: ({name: value} for value in _column(record, column)),
+}
+
+
 def _names(objects: dict) -> list[str]:
+    if 'label' in objects:
+        return list(objects['label'])
     return [
         scene_language.name({'color': color, 'digit': int(digit)})
         for color, digit in zip(objects['color'], objects['digit'], strict=True)
@@ -228,6 +241,21 @@ def _field(example: Example, name: str) -> Any:
     if name not in example:
         raise unknown('field', name, example, 'in a pipeline')
     return example[name]
+
+
+def _column(example: Example, column: str) -> Sequence[Any]:
+    value: Any = example
+    for key in column.split('/'):
+        value = _field(value, key)
+    return value
+
+
+def _item(example: Example, column: str, pick: Callable[[int], int]) -> Any:
+    items = _column(example, column)
+    if not len(items):
+        raise ValueError(f'{column} is empty')
+    value = items[pick(len(items))]
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _template(example: Example, template: str) -> str:

@@ -1,7 +1,7 @@
-"""Where examples come from: a TFDS name and a split, read at random access from ArrayRecord, without TensorFlow.
+"""Where examples come from: a TFDS name or a file of JSON lines, and a split, at random access, without TensorFlow.
 
-`digit_scenes` is drawn on first use; everything else must have been prepared in `data_dir` as ArrayRecord. Of several
-prepared versions the newest is read.
+`digit_scenes` is drawn on first use; every other TFDS dataset must have been prepared in `data_dir` as ArrayRecord. Of
+several prepared versions the newest is read. A name that ends in `.jsonl` is a file's (see `jsonl`).
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from absl import logging as absl_logging
 from tqdm import tqdm
 
 from big_vlm.config import UserError, unknown
-from big_vlm.data import records
+from big_vlm.data import jsonl, records
 from big_vlm.data.builders.digit_scenes import SPLITS, DigitScenes
 
 _log = logging.getLogger(__name__)
@@ -87,12 +87,16 @@ class Subset:
 
 
 @functools.lru_cache(maxsize=64)  # a source remembers its subsets, which take seconds to find
-def load(dataset: str, split: str, data_dir: str = '') -> Source:
-    """One split of a TFDS dataset, e.g. `load('digit_scenes/cells', 'train')`; TFDS slices ('train[:100]') work too.
+def load(dataset: str, split: str, data_dir: str = '') -> Source | jsonl.JsonLines:
+    """One split of a dataset, e.g. `load('digit_scenes/cells', 'train')`; TFDS slices ('train[:100]') work too.
 
-    Digit scenes are drawn on first use, under a file lock: a second process waits and then reads the same files. Raises
-    UserError for an unknown dataset, config or split, and for a dataset that is not prepared as ArrayRecord.
+    Digit scenes are drawn on first use, under a file lock: a second process waits and then reads the same files. A
+    `.jsonl` file has one split, 'train'; a relative path begins at `data_dir`, or where the program runs if that is ''.
+    Raises UserError for an unknown dataset, config or split, for a dataset that is not prepared as ArrayRecord, and as
+    `jsonl.JsonLines` does.
     """
+    if dataset.endswith('.jsonl'):
+        return jsonl.JsonLines(_file(dataset, split, data_dir), split)
     folder = Path(data_dir or DEFAULT_DATA_DIR).expanduser()
     with _quiet():
         builder = _builder(dataset, folder)
@@ -111,6 +115,9 @@ def check(dataset: str, split: str, data_dir: str = '', where: str = '') -> None
     """
     name, _, config = dataset.partition('/')
     try:
+        if dataset.endswith('.jsonl'):
+            _file(dataset, split, data_dir)
+            return
         if name in _EMBEDDED:
             _check_config(name, config)
             splits = SPLITS
@@ -120,6 +127,14 @@ def check(dataset: str, split: str, data_dir: str = '', where: str = '') -> None
         _check_split(split, splits, dataset)
     except UserError as error:
         raise UserError(f'{where}: {error}') if where else error from None
+
+
+def _file(dataset: str, split: str, data_dir: str) -> Path:
+    path = Path(data_dir, dataset).expanduser() if data_dir else Path(dataset).expanduser()
+    if not path.is_file():
+        raise UserError(f'dataset {dataset!r}: no file {path}')
+    _check_split(split, (jsonl.SPLIT,), dataset)
+    return path
 
 
 def _check_config(name: str, config: str) -> None:
@@ -161,7 +176,7 @@ def subset(source: Source, where: Mapping[str, Any]) -> Any:
 
 
 def _matches(record: dict, wanted: dict) -> bool:
-    return all(record[field] in values for field, values in wanted.items())
+    return all(record.get(field) in values for field, values in wanted.items())
 
 
 def _builder(dataset: str, folder: Path) -> tfds.core.DatasetBuilder:
@@ -170,7 +185,9 @@ def _builder(dataset: str, folder: Path) -> tfds.core.DatasetBuilder:
         _check_config(name, config)
         return _embedded(_EMBEDDED[name], config, folder)
     if not _NAME.fullmatch(dataset):
-        raise UserError(f'dataset {dataset!r} is no name such as digit_scenes/cells: a folder belongs in data_dir')
+        raise UserError(
+            f'dataset {dataset!r} is no name such as digit_scenes/cells and no FILE.jsonl: a folder belongs in data_dir'
+        )
     # The files first: what describes a dataset on disk needs none of its builder's code, which may need TensorFlow.
     versions = [f.parent for f in folder.glob(f'{dataset}/*/dataset_info.json') if _VERSION.fullmatch(f.parent.name)]
     if versions:
@@ -181,12 +198,18 @@ def _builder(dataset: str, folder: Path) -> tfds.core.DatasetBuilder:
         raise unknown('dataset', name, [*_EMBEDDED, *tfds.list_builders(with_community_datasets=False)]) from None
     except ValueError as error:
         raise UserError(f'cannot open dataset {dataset!r}: {_first_line(error)}') from error
+    except ImportError as error:  # some builders need TensorFlow to be made; what they write does not need it
+        raise _unprepared(dataset, folder, f' elsewhere: {str(error).rpartition(": ")[2]} here') from None
     if not Path(builder.data_dir, 'dataset_info.json').is_file():
-        raise UserError(
-            f'dataset {dataset!r} is not prepared in {folder}: run tfds.builder({dataset!r}, data_dir={str(folder)!r}, '
-            "file_format='array_record').download_and_prepare()"
-        )
+        raise _unprepared(dataset, folder)
     return builder
+
+
+def _unprepared(dataset: str, folder: Path, place: str = '') -> UserError:
+    return UserError(
+        f'dataset {dataset!r} is not prepared in {folder}: run tfds.builder({dataset!r}, data_dir={str(folder)!r}, '
+        f"file_format='array_record').download_and_prepare(){place}"
+    )
 
 
 def _embedded(kind: type, config: str, folder: Path) -> tfds.core.DatasetBuilder:

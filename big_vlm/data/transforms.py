@@ -50,15 +50,7 @@ class Pipeline:
 
     def texts(self, record: dict) -> Iterator[str]:
         """Every text the pipeline may take from a record, to train a tokenizer on."""
-        record = dict(record)
-        for name, args, kwargs in self._steps:
-            if name == 'first':  # a field of the steps after it
-                try:
-                    operations.first(record, None, *args, **kwargs)
-                except ValueError:  # a bad example
-                    return
-            elif name in operations.TEXTS:
-                yield from operations.TEXTS[name](record, *args, **kwargs)
+        yield from _texts(record, self._steps)
 
     def check_size(self, image_size: int, where: str) -> None:
         """Refuses a `resize` to another size than the contract's, as running it would: UserError, naming `where`."""
@@ -83,6 +75,16 @@ def parse(pipeline: str, *, where: str) -> Pipeline:
         reason = getattr(error, 'msg', str(error))
         raise UserError(f'{where}: cannot read pipeline {pipeline!r}: {reason}; {hint}') from None
     return Pipeline(pipeline, [_step(node, where) for node in _chain(tree)])
+
+
+def _texts(record: dict, steps: list[tuple[str, tuple, dict[str, Any]]]) -> Iterator[str]:
+    for i, (name, args, kwargs) in enumerate(steps):
+        if name in operations.FIELDS:
+            for fields in operations.FIELDS[name](record, *args, **kwargs):
+                yield from _texts(record | fields, steps[i + 1 :])
+            return
+        if name in operations.TEXTS:
+            yield from operations.TEXTS[name](record, *args, **kwargs)
 
 
 def _chain(node: ast.expr) -> Iterator[ast.expr]:

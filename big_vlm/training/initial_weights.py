@@ -1,6 +1,6 @@
-"""The first weights of a stage that starts from another model's: all or parts of them, the positions resized.
+"""The first weights of a stage that starts from other models': all or parts of them, the positions resized.
 
-The other model is an earlier stage, a bundle, a checkpoint, or a public checkpoint in a format that `interop` reads.
+Another model is an earlier stage, a bundle, a checkpoint, or a public checkpoint in a format that `interop` reads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from big_vlm import bundle, checkpoints, config, interop
 from big_vlm.checkpoints import trees
-from big_vlm.config import InitFrom, Stage, UserError
+from big_vlm.config import InitFrom, Stage, UserError, Weights
 from big_vlm.data.contract import Contract
 from big_vlm.data.coordinates import NUM_LOCATIONS, NUM_SEGMENTS
 from big_vlm.data.tokenizer import Tokenizer
@@ -41,12 +41,12 @@ def check(stages: Mapping[str, Stage], shapes: Mapping[str, Any], name: str, whe
         of `fresh` that matches none; text weights without the tokenizer they were trained with, and any without the
         pixel range, case or separator.
     """
-    stage = stages[name]
-    init = stage.init_from
-    if not (init.stage or init.path):
-        return
-    params = trees.flat(shapes[name])
-    where = f'{where}.init_from'
+    for key, init in stages[name].init_from.given().items():
+        _check(stages, shapes, name, init, f'{where}.{key}')
+
+
+def _check(stages: Mapping[str, Stage], shapes: Mapping[str, Any], name: str, init: Weights, where: str) -> None:
+    stage, params = stages[name], trees.flat(shapes[name])
     for pattern in init.fresh:
         try:
             matched = any(re.fullmatch(pattern, path) for path in params)
@@ -136,14 +136,17 @@ def make(init: InitFrom, bundles: Mapping[str, pathlib.Path], where: str) -> Cal
       bundles: of the earlier stages.
       where: the stage's dotted key, for errors.
     """
-    if not (init.stage or init.path):
+    given = init.given()
+    if not given:
         return None
-    folder = _folder(init, bundles)
 
     def load(fresh: Any) -> Any:
         params = trees.flat(fresh)
-        for ours, theirs, wanted in _parts(init, params, f'{where}.init_from'):
-            params |= {_join(ours, path): leaf for path, leaf in _load(init, folder, ours, theirs, wanted).items()}
+        for key, source in given.items():
+            folder = _folder(source, bundles)
+            for ours, theirs, wanted in _parts(source, params, f'{where}.{key}'):
+                loaded = _load(source, folder, ours, theirs, wanted)
+                params |= {_join(ours, path): leaf for path, leaf in loaded.items()}
         return trees.like(fresh, params)
 
     return load
@@ -151,20 +154,19 @@ def make(init: InitFrom, bundles: Mapping[str, pathlib.Path], where: str) -> Cal
 
 def overwritten(init: InitFrom, bundles: Mapping[str, pathlib.Path], shapes: Any, where: str) -> set[str]:
     """The paths of the parameters, of these `shapes`, that `make` replaces whole, whatever they were."""
-    if not (init.stage or init.path):
-        return set()
-    stored = _shapes(init, _folder(init, bundles))
     paths = set()
-    for ours, theirs, wanted in _parts(init, trees.flat(shapes), f'{where}.init_from'):
-        found = _below(theirs, stored)
-        for path, leaf in wanted.items():
-            if not _without_locations(_join(ours, path), leaf, found[path]):
-                paths.add(_join(ours, path))
+    for key, source in init.given().items():
+        stored = _shapes(source, _folder(source, bundles))
+        for ours, theirs, wanted in _parts(source, trees.flat(shapes), f'{where}.{key}'):
+            found = _below(theirs, stored)
+            for path, leaf in wanted.items():
+                if not _without_locations(_join(ours, path), leaf, found[path]):
+                    paths.add(_join(ours, path))
     return paths
 
 
 def _load(
-    init: InitFrom, folder: pathlib.Path, ours: str, theirs: str, wanted: dict[str, jax.Array]
+    init: Weights, folder: pathlib.Path, ours: str, theirs: str, wanted: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
     """The stored weights of the wanted paths, placed like them."""
     stored = _below(theirs, _shapes(init, folder))
@@ -189,14 +191,14 @@ def _load(
     return loaded
 
 
-def _shapes(init: InitFrom, folder: pathlib.Path) -> dict[str, Any]:
+def _shapes(init: Weights, folder: pathlib.Path) -> dict[str, Any]:
     """Path → shape and dtype of all that is stored."""
     if _public(init):
         return dict(interop.open_weights(init.path).shapes)
     return trees.flat(checkpoints.weight_shapes(folder))
 
 
-def _public(init: InitFrom) -> bool:
+def _public(init: Weights) -> bool:
     """Whether the weights are in another project's format."""
     return bool(init.path and interop.format_of(init.path))
 
@@ -218,7 +220,7 @@ def _first_rows(fresh: jax.Array, rows: np.ndarray) -> jax.Array:
     return jax.jit(lambda table, rows: table.at[: len(rows)].set(rows), out_shardings=fresh.sharding)(fresh, rows)
 
 
-def _parts(init: InitFrom, params: Mapping[str, Any], where: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _parts(init: Weights, params: Mapping[str, Any], where: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(our subtree, theirs, {path below ours: leaf} of what is taken)."""
     for ours, theirs in (init.parts or {'': ''}).items():
         part = _below(ours, params)
@@ -228,7 +230,7 @@ def _parts(init: InitFrom, params: Mapping[str, Any], where: str) -> Iterator[tu
         yield ours, theirs, {path: leaf for path, leaf in part.items() if path not in fresh}
 
 
-def _resized(init: InitFrom, ours: str, wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
+def _resized(init: Weights, ours: str, wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
     position = _position(ours)
     if not (init.resize_position and position in wanted and position in stored):
         return False
@@ -240,7 +242,7 @@ def _position(ours: str) -> str:
     return POSITION.removeprefix(f'{ours}/')
 
 
-def _folder(init: InitFrom, bundles: Mapping[str, pathlib.Path]) -> pathlib.Path:
+def _folder(init: Weights, bundles: Mapping[str, pathlib.Path]) -> pathlib.Path:
     return bundles.get(init.stage, pathlib.Path(init.path).expanduser())
 
 

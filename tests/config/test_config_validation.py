@@ -72,6 +72,8 @@ def test_through_json_and_back():
         ('evals.test', {'kind': 'zero_shot'}, 'config.evals.test: zero_shot needs classes'),
         ('evals.test', {}, 'config.evals.test.kind is missing'),
         ('task', 'contrast', "did you mean 'contrastive'?"),
+        ('init_from', {'stage': 'a', 'path': 'b'}, 'config.init_from: stage and path are both given'),
+        ('init_from.also', ({'pth': 'b'},), "unknown key 'pth' (config.init_from.also[0]): did you mean 'path'?"),
     ],
 )
 def test_a_mistake_costs_one_line_that_names_the_key(key, value, message):
@@ -106,6 +108,10 @@ def test_micro_batches_of_a_mean_over_tokens():
         (
             {'stages': ('a', 'b'), 'a': {**STAGE, 'init_from': {'stage': 'b'}}, 'b': STAGE},
             "unknown earlier stage 'b' (config.a.init_from.stage)",
+        ),
+        (
+            {'stages': ('a', 'b'), 'a': {**STAGE, 'init_from': {'path': 'x', 'also': ({'stage': 'b'},)}}, 'b': STAGE},
+            "unknown earlier stage 'b' (config.a.init_from.also[0].stage)",
         ),
         (3, 'get_config must return a ConfigDict, not int'),
     ],

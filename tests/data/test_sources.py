@@ -99,6 +99,8 @@ def test_nested_sequences_need_tensorflow_and_say_so():
         ('/data/mine', 'train', "dataset '/data/mine' is no name such as digit_scenes/cells"),
         ('', 'train', "dataset '' is no name"),
         ('mnist', 'train', "dataset 'mnist' is not prepared in"),
+        ('coco_captions', 'train', ".download_and_prepare() elsewhere: No module named 'tensorflow' here"),
+        ('mine.jsonl', 'train', "dataset 'mine.jsonl': no file"),
     ],
 )
 def test_errors_name_the_fix(tiny_digit_scenes, dataset, split, message):

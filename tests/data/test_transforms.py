@@ -236,6 +236,26 @@ def test_first(free, context):
     assert example['color'] == free[0]['objects']['color'][0]
 
 
+def test_choice_is_random_in_training_and_the_first_otherwise(tokenizer):
+    pipeline = transforms.parse("choice('captions/text', 'caption')", where='')
+    record = {'captions': {'text': ['a cat', 'a dog', 'a cow']}}
+    drawn = [pipeline(record, make_context(tokenizer, seed=(i,)))['caption'] for i in range(20)]
+    assert set(drawn) == {'a cat', 'a dog', 'a cow'}
+    assert drawn == [pipeline(record, make_context(tokenizer, seed=(i,)))['caption'] for i in range(20)]
+    assert pipeline(record, make_context(tokenizer, train=False))['caption'] == 'a cat'
+    with pytest.raises(ValueError, match='captions/text is empty'):
+        pipeline({'captions': {'text': []}}, make_context(tokenizer))
+
+
+def test_detect_takes_labels_of_any_kind(tokenizer):
+    objects = {'bbox': [[0.0, 0.0, 0.5, 0.5], [0.25, 0.5, 1.0, 1.0]], 'label': ['boat', 'Boat']}
+    record = {'objects': objects}
+    example = transforms.parse("detect('digit')", where='')(record, make_context(tokenizer))
+    assert example['suffix'].split(' ; ')[1] == '<loc0256><loc0512><loc1023><loc1023> boat'
+    example = transforms.parse('detect', where='')(record, make_context(tokenizer))
+    assert example['prefix'] == 'detect boat' and example['boxes'].shape == (1, 4)
+
+
 def test_tokenize(free, tokenizer):
     pipeline = transforms.parse("decode | resize(32) | prefix('caption en') | suffix('{caption}') | tokenize", where='')
     record = {**free[0], 'caption': 'a red three'}
@@ -262,6 +282,8 @@ def test_a_prompt_that_does_not_fit(free, tokenizer):
 def test_texts_for_a_tokenizer(free):
     record = free[0]
     assert list(transforms.parse("decode | text('caption')", where='').texts(record)) == [record['caption']]
+    several = transforms.parse("choice('captions', 'one') | text('{one}!')", where='')
+    assert list(several.texts({'captions': ['a cat', 'a dog']})) == ['a cat!', 'a dog!']
     pipeline = transforms.parse("first('objects/color', 'color') | text('a {color} one')", where='')
     assert list(pipeline.texts(record)) == [f'a {record["objects"]["color"][0]} one'] and 'color' not in record
     assert list(pipeline.texts(record | {'objects': {'color': []}})) == []

@@ -103,6 +103,31 @@ def test_a_decoder_with_eyes_from_two_places_of_an_npz(tmp_path):
     np.testing.assert_array_equal(first['llm/final_norm/scale'], fresh['llm/final_norm/scale'])
 
 
+def test_a_decoder_and_its_eyes_from_two_checkpoints(tmp_path):
+    """As PaliGemma's first stage begins; of what both have, the later one's counts."""
+    model = interop.read(GOLDENS / 'paligemma')
+    big_vision.write(tmp_path / 'x.npz', model.weights)
+    other = {name: model.weights.read(name) + 1 for name in model.weights.shapes}
+    np.savez(tmp_path / 'y.npz', **{f'params/{name}': value for name, value in other.items()})
+    init = dict(
+        path=f'{tmp_path}/x.npz', parts={'img': 'img', 'llm/final_norm': 'llm/final_norm'}, fresh=('img/head/.*',)
+    )
+    also = config.Weights(path=f'{tmp_path}/y.npz', parts={'llm': 'llm'})
+    stage, task = stage_of(model, **init, also=(also,))
+    fresh, first = loaded(stage, task)
+    for name, value in first.items():
+        if name.startswith('llm/'):
+            expected = other[name]
+        else:
+            expected = fresh[name] if name.startswith('img/head/') else model.weights.read(name)
+        np.testing.assert_array_equal(value, expected, err_msg=name)
+    taken = {name for name in first if not name.startswith('img/head/')}
+    assert initial_weights.overwritten(stage.init_from, {}, steps.param_shapes(task), 'config') == taken
+    wrong = config.Weights(path=f'{tmp_path}/y.npz', parts={'lm': 'llm'})
+    with pytest.raises(UserError, match=r"unknown part 'lm' \(config\.init_from\.also\[0\]\.parts\)"):
+        loaded(*stage_of(model, **init, also=(wrong,)))
+
+
 def test_what_does_not_fit_is_refused_before_training(tmp_path):
     model = interop.read(SIGLIP)
     stage, task = stage_of(model, path=str(GOLDENS / 'siglip'))

@@ -1,0 +1,123 @@
+"""A dataset in one text file: a JSON object on every line, which names its picture.
+
+    {"image": "harbour/001.jpg", "caption": "two boats at a quay"}
+
+`image` is a path relative to the file's own folder, and stays within it; all other fields are the pipeline's. Boxes are
+columns, as in a TFDS record: `"objects": {"bbox": [[y1, x1, y2, x2]], "label": ["boat"]}`, edges in 0..1.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from big_vlm.config import UserError
+
+SPLIT = 'train'  # what the one split of a file is called
+MAX_LINE = 2**20  # bytes
+_CHUNK = 2**24  # bytes read at once to find the lines
+_NEWLINE = ord('\n')
+
+
+class JsonLines:
+    """The lines of a file, or of a part of it: `len(source)`, `source[i]` → dict record. Pickles cheaply.
+
+    `record['image']` is a Path, which the operation `decode` opens: a picture that is not there is a bad example, and
+    replaced like any other. Lines are found once, in one pass over the file, and then read at random access; empty ones
+    do not count.
+
+    Args:
+      path: of the file.
+      split: 'train', or parts of it in the language of TFDS: 'train[:90%]', 'train[:100]+train[200:]'.
+
+    Raises:
+      UserError: a file that cannot be read or has no lines, a line longer than MAX_LINE, a slice that is none. Reading
+        a record raises it, with the file and the line's number, for what is no JSON object, has no `image`, or names
+        one outside the folder.
+    """
+
+    def __init__(self, path: Path, split: str = SPLIT):
+        self.name, self.path = f'{path}:{split}', path
+        self._starts, self._ends, self._numbers = _part(_lines(path), split, self.name)
+        self._subsets: dict = {}
+        self.features = tuple(self[0])
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < len(self):
+            raise IndexError(f'{self.name} has {len(self)} records, not one at {index}')
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+        """Several records, the file opened once."""
+        with open(self.path, 'rb') as file:
+            return [self._record(file, index) for index in indices]
+
+    def original(self, index: int) -> int:
+        """The position of record `index`: itself, as of every whole source."""
+        return index
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {'_subsets': {}}
+
+    def __repr__(self) -> str:
+        return f'JsonLines({self.name!r}, {len(self)} records)'
+
+    def _record(self, file, index):
+        where = f'{self.path}:{self._numbers[index]}'
+        file.seek(self._starts[index])
+        line = file.read(self._ends[index] - self._starts[index])
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f'{where}: the line is not JSON: {error}') from None
+        if not isinstance(record, dict):
+            raise UserError(f'{where}: a line must be one JSON object, {{"image": …}}, not {line[:40]!r}')
+        image = record.get('image')
+        if not isinstance(image, str):
+            raise UserError(f"{where}: no text in 'image', the picture's path; there is {list(record)[:10]}")
+        # Opened as it is spelt here: '..' behind a link would lead elsewhere than it reads.
+        inside = os.path.normpath(image)
+        if os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir or '\0' in image:
+            raise UserError(
+                f'{where}: image {image!r} is not below {self.path.parent}: name it relative to that folder'
+            )
+        return record | {'image': self.path.parent / inside}
+
+
+def _lines(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of every line with something on it: its first byte, the one behind its last, its number from 1; int64 [N]."""
+    size, newlines = 0, []
+    try:
+        with open(path, 'rb') as file:
+            while chunk := file.read(_CHUNK):
+                newlines.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == _NEWLINE) + size)
+                size += len(chunk)
+    except OSError as error:
+        raise UserError(f'cannot read {path}: {error.strerror}') from error
+    ends = np.concatenate([*newlines, [size]]).astype(np.int64)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    long = np.flatnonzero(ends - starts > MAX_LINE)
+    if len(long):
+        raise UserError(f'{path}:{long[0] + 1}: the line is longer than {MAX_LINE} bytes: is it one object a line?')
+    kept = np.flatnonzero(ends - starts > 1)  # '{}' is the shortest; an empty one may hold a carriage return
+    if not len(kept):
+        raise UserError(f'{path}: no lines')
+    return starts[kept], ends[kept], kept + 1
+
+
+def _part(lines: tuple[np.ndarray, ...], split: str, name: str) -> list[np.ndarray]:
+    whole = tfds.core.SplitInfo(name=SPLIT, shard_lengths=[len(lines[0])], num_bytes=0)
+    try:
+        parts = tfds.core.ReadInstruction.from_spec(split).to_absolute({SPLIT: whole})
+    except ValueError as error:
+        raise UserError(f'cannot read {name}: {str(error).partition(chr(10))[0]}') from error
+    chosen = [np.concatenate([column[part.from_ : part.to] for part in parts]) for column in lines]
+    if not len(chosen[0]):
+        raise UserError(f'{name}: no lines')
+    return chosen

@@ -1,0 +1,124 @@
+"""The recipes of published models: valid and sharded at full size, on shapes alone; two steps of each at a laptop's."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from big_vlm import bundle, config
+from big_vlm.config import UserError
+from big_vlm.sharding import mesh as meshes
+from big_vlm.sharding import rules
+from big_vlm.training import schedules, stages
+from big_vlm.training import step as steps
+
+ROOT = pathlib.Path(__file__).parents[2]
+FROM_OTHERS = {
+    'lit_coco': 'image=none',
+    'paligemma_3b': 'siglip=none,gemma=none',
+    'paligemma2_3b': 'siglip=none,gemma=none',
+}
+# Recipe → million parameters: those in docs/models.md, and 1,152 rows more in a dual encoder's text tower.
+SIZES = {
+    'siglip_b16': 204.1,
+    'siglip_so400m': 878.8,
+    'siglip2_b16': 376.1,
+    'clip_b16': 150.2,
+    'clip_rn50': 89.9,
+    'lit_coco': 202.9,
+    'paligemma_3b': 2923.3,
+    'paligemma2_3b': 3032.1,
+}
+
+
+def load(name, *args):
+    text = ','.join([*args, *filter(None, [FROM_OTHERS.get(name, '')])])
+    return config.validate(config.load_config(f'{ROOT}/configs/{name}.py:{text}'))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """captions.jsonl about eight pictures."""
+    with open(tmp_path / 'captions.jsonl', 'w') as file:
+        for i in range(8):
+            Image.new('RGB', (40, 30), (30 * i, 0, 0)).save(tmp_path / f'{i}.png')
+            file.write(json.dumps({'image': f'{i}.png', 'caption': f'a wall of shade {i}'}) + '\n')
+    return tmp_path / 'captions.jsonl'
+
+
+@pytest.mark.parametrize('name', SIZES)
+def test_full_size(name, photos, monkeypatch):
+    """What `--check` finds, the published number of parameters, and a shard of every large weight on each device."""
+    made, param_shapes = [], steps.param_shapes
+    monkeypatch.setattr(steps, 'param_shapes', lambda task: made.append(param_shapes(task)) or made[-1])
+    checked = load(name, f'data={photos}', 'fsdp=8')
+    stages.check(checked)
+    assert len(made) == len(checked)
+    assert sum(leaf.size for leaf in jax.tree.leaves(made[0])) / 1e6 == pytest.approx(SIZES[name], abs=0.06)
+    for stage, shapes in zip(checked.values(), made, strict=True):
+        mesh = meshes.make_mesh(stage.mesh.data, stage.mesh.fsdp, stage.mesh.model)
+        for leaf, sharding in zip(
+            jax.tree.leaves(shapes), jax.tree.leaves(rules.param_shardings(shapes, mesh)), strict=True
+        ):
+            parts = leaf.size // np.prod(sharding.shard_shape(leaf.shape))
+            assert parts == 8 or leaf.size < 2**21, (leaf.shape, sharding)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('name', 'data'), [*((name, 'file') for name in SIZES), ('siglip_b16', 'scenes'), ('paligemma_3b', 'scenes')]
+)
+def test_two_steps_on_a_laptop(name, data, photos, tiny_digit_scenes, tmp_path):
+    where = f'data={photos}' if data == 'file' else f'data_dir={tiny_digit_scenes}'
+    small = load(name, 'runlocal', where)
+    stages.check(small)
+    for stage, path in stages.run(small, tmp_path / 'run').items():
+        assert small[stage].total.steps == 2
+        assert bundle.load(path).contract.image_size == small[stage].contract.image_size
+        table = np.genfromtxt(tmp_path / 'run' / stage / 'metrics.csv', delimiter=',', names=True)
+        assert len(table) == 2 and np.isfinite(table['loss']).all()
+
+
+def test_what_is_read():
+    """A column of captions, of which one is drawn; a prompt and an answer of the file's own."""
+    [siglip, _] = load('siglip_b16').values()
+    assert siglip.data.sources['data'] == config.Source(
+        dataset='coco_captions', pipeline="decode | resize(256) | choice('captions/text', \"drawn\") | text('drawn')"
+    )
+    first, *_ = load('paligemma_3b', 'data=tasks.jsonl', 'split=train[:9]', 'prefix={question}', 'text=answer').values()
+    assert first.data.sources['data'] == config.Source(
+        dataset='tasks.jsonl',
+        split='train[:9]',
+        pipeline='decode | resize(224) | prefix(\'{question}\') | suffix("{answer}") | tokenize',
+    )
+
+
+def test_paligemma_learns_along_one_curve():
+    """After its own warmup the image tower's rate is the decoder's, and stage 2 goes on where stage 1 ends."""
+    stage1, *later = load('paligemma_3b').values()
+    total = 1_000_000_000 // stage1.batch_size
+    image = dict(stage1.optimizer.rules)['img/.*']
+    assert (stage1.optimizer.warmup.percent, image.warmup.percent) == (5, 20)
+    decoder = schedules.learning_rate('rsqrt', stage1.optimizer.lr, total, total // 20)
+    tower = schedules.learning_rate('rsqrt', stage1.optimizer.lr * image.lr, total, total // 5)
+    assert tower(total // 10) < 0.5 * decoder(total // 10)
+    for step in (total // 5, total // 2, total):
+        np.testing.assert_allclose(tower(step), decoder(step), rtol=1e-4)
+    for stage in later:
+        assert stage.optimizer.schedule == 'constant'
+        np.testing.assert_allclose(stage.optimizer.lr, decoder(total), rtol=1e-4)
+
+
+def test_others_weights_are_asked_for():
+    with pytest.raises(UserError, match=r"begins from another's weights: give gemma=PATH, or gemma=none"):
+        config.load_config(f'{ROOT}/configs/paligemma_3b.py:siglip=none')
+    stage1 = next(
+        iter(config.validate(config.load_config(f'{ROOT}/configs/paligemma_3b.py:siglip=a,gemma=b')).values())
+    )
+    assert {key: given.path for key, given in stage1.init_from.given().items()} == {
+        'init_from.also[0]': 'a',
+        'init_from.also[1]': 'b',
+    }

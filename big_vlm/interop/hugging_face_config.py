@@ -237,6 +237,7 @@ def _expressible(model: Pretrained) -> None:
         ]
     else:
         needs.append(('model.projector', sections.projector, 'linear'))
+        needs.append(('model.image.head_bias', sections.image.head_bias, True))
         family = pretrained.decoder_family(sections.decoder.variant)
         if family == 'gemma':
             needs.append(('model.decoder.final_softcap', sections.decoder.final_softcap, 0.0))

@@ -227,6 +227,8 @@ def _image_tower(shapes: Mapping[str, tuple[int, ...]], pooled: bool) -> tuple[c
     pool = 'map' if 'img/MAPHead_0/probe' in shapes else 'tok' if 'img/cls' in shapes else 'gap'
     pool = pool if pooled else 'none'
     tower = image_tower(patch, pool=pool, **_encoder(shapes, 'img/Transformer/'))
+    if 'img/head/kernel' in shapes:
+        tower = dataclasses.replace(tower, head_bias='img/head/bias' in shapes)
     patches = shapes[POSITION][1]
     return tower, _IMAGE_SIZES.get((patch, patches), math.isqrt(patches) * patch)
 

@@ -14,7 +14,7 @@ from big_vlm.config import UserError
 from big_vlm.models import resnet, vit
 
 ImageTower = vit.ViT | resnet.ResNet
-_OF_RESNETS = ('variant', 'width', 'pool')
+_OF_RESNETS = ('variant', 'width', 'pool', 'head_bias')
 
 
 def from_config(image: config.ImageTower, *, head: int = 0, **shared: Any) -> ImageTower:
@@ -40,3 +40,9 @@ def from_config(image: config.ImageTower, *, head: int = 0, **shared: Any) -> Im
         tower = vit.ViT(**settings)
     _ = tower.sizes
     return tower
+
+
+def check_head(tower: ImageTower, why: str) -> None:
+    """Refuses `head_bias` of a tower without a head: UserError, which says `why` there is none."""
+    if not (tower.head or tower.head_bias):
+        raise UserError(f'model.image.head_bias=False: there is no head, {why}: leave it at True')

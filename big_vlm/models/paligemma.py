@@ -226,6 +226,7 @@ def from_config(model: config.Model, *, image_size: int, vocab_size: int) -> Pal
         image = image_towers.from_config(tower, head=decoder.sizes['width'], **shared)
         return PaliGemma(image, decoder, image_size)
     image = image_towers.from_config(tower, **shared)
+    image_towers.check_head(image, "projector 'pooled' belongs to the decoder")
     tokens = model.image_tokens or 256
     grid, side = math.isqrt(image.tokens(image_size)), math.isqrt(tokens)
     if side**2 != tokens or grid % side or not grid:

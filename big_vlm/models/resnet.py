@@ -125,6 +125,7 @@ class ResNet(nn.Module):
 
     Attributes:
       variant: 'R50', 'R101', … or 'R50x3' with three times the channels.
+      head_bias: whether the head has one.
       width: channels of the first stage's bottlenecks; 0: 64 times the variant's factor. D is 32 times that.
       dtype, remat: as in `vit.ViT`; a unit is what is recomputed.
     """
@@ -133,6 +134,7 @@ class ResNet(nn.Module):
     width: int = 0
     pool: str = 'gap'
     head: int = 0
+    head_bias: bool = True
     dtype: jnp.dtype = jnp.float32
     remat: str = 'none'
 
@@ -163,7 +165,7 @@ class ResNet(nn.Module):
             x = jnp.mean(x, axis=1)
         out['pooled'] = x
         if self.head:
-            x = nn.Dense(self.head, dtype=self.dtype, name='head')(x)
+            x = nn.Dense(self.head, use_bias=self.head_bias, dtype=self.dtype, name='head')(x)
         return x, out
 
     @nn.nowrap

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from big_vlm import config
-from big_vlm.models import image_towers, text_towers
+from big_vlm.models import image_towers, text_towers, vit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +109,9 @@ def from_config(model: config.Model, *, image_size: int, text_length: int, vocab
     width = image.sizes['width']
     embed_dim = model.embed_dim or width
     if image.pool == 'none':
-        raise config.UserError("the image tower of a contrastive model needs a pool: 'map', 'gap' or 'tok', not 'none'")
+        raise config.UserError(f'the image tower of a contrastive model needs a pool: {", ".join(vit.POOLS[:-1])}')
     if embed_dim != width:
         image = image.clone(head=embed_dim)
+    image_towers.check_head(image, f'the image tower is as wide as the joint space, {width}')
     text = text_towers.from_config(model.text, model.decoder, vocab_size=vocab_size, embed_dim=embed_dim, **shared)
     return TwoTowers(image, text, image_size, text_length, model.init_t, model.init_b)

@@ -194,6 +194,24 @@ def test_the_documented_table_is_this_one():
     assert variants == set(gemma_variants.VARIANTS)
 
 
+def test_the_tutorials_tower_and_the_count_that_is_quoted():
+    section = config.Model(
+        image=config.ImageTower('omni_tiny/16', pool='tok', dropout=0.1, head_bias=False),
+        text=config.TextTower('bag', 'mu', pool='mean'),
+        embed_dim=256,
+    )
+    towers = two_towers.from_config(section, image_size=224, text_length=8, vocab_size=10)
+    found = {name: math.prod(shape) for name, shape in shapes(towers.init).items() if name.startswith('img/')}
+    assert (sum(found.values()), found['img/head/kernel']) == (949_760, 128 * 256)
+    norms = sum(size for name, size in found.items() if 'LayerNorm' in name or 'encoder_norm' in name) // 2
+    attention = sum(size for name, size in found.items() if 'Attention' in name and name.endswith('bias'))
+    assert (norms, attention) == (1_152, 2_048)
+    assert 949_760 - 128 * 256 - norms - attention + 128 == 913_920
+    assert not {'949,760', '913,920', '1,152', '2,048', '32,768'} - set(
+        re.findall(r'[\d,]*\d', (Path(__file__).parents[2] / 'docs/models.md').read_text())
+    )
+
+
 def matmul_flops(jaxpr):
     """Twice the multiply-adds of every dot_general and convolution, loops counted as often as they run."""
     total = 0

@@ -36,6 +36,7 @@ class Answer:
 class Bundle:
     """A model with all that it takes to use it. From `load`, or built from the parts during training.
 
+    `params` are weights as the task's `predict` takes them: parameters, and a BatchNorm's running statistics.
     Images are paths, PIL images or uint8 arrays [H, W, 3] of any size; they are resized as in training.
     """
 

@@ -174,7 +174,7 @@ def describe(model: Pretrained, contract: Contract | None) -> dict[str, dict[str
     head = {'dtype': dtype}
     if model.family in pretrained.DECODERS:
         return {'config.json': head | hugging_face_decoder.describe(model, model.vocab_size) | ids}
-    vision = their_sizes(_VISION, vit.ViT(**dataclasses.asdict(image)).sizes)
+    vision = their_sizes(_VISION, vit.resolve(image.variant, **_given(image)))
     patch = vit.decode_variant(image.variant)['patch_size']
     vision |= {'model_type': 'siglip_vision_model', 'image_size': settings.image_size, 'patch_size': patch}
     vision |= {'hidden_act': 'gelu_pytorch_tanh', 'layer_norm_eps': 1e-6, 'num_channels': 3}
@@ -228,7 +228,7 @@ def _expressible(model: Pretrained) -> None:
     if model.family not in pretrained.DECODERS:
         needs.append(('model.image.position', sections.image.position, 'learn'))
     if model.family == 'siglip':
-        width = vit.ViT(**dataclasses.asdict(sections.image)).sizes['width']
+        width = vit.resolve(sections.image.variant, **_given(sections.image))['width']
         needs += [
             ('model.image.pool', sections.image.pool, 'map'),
             ('model.text.pool', sections.text.pool, 'last'),

@@ -109,7 +109,7 @@ def expected(
     if isinstance(built, gemma.Gemma):
         shapes = {'llm': jax.eval_shape(lambda rng: gemma.init(built, rng), jax.random.key(0))}
     else:
-        shapes = jax.eval_shape(built.init, jax.random.key(0))
+        shapes = trees.merged(*jax.eval_shape(built.init_with_stats, jax.random.key(0)))
     return trees.flat(shapes)
 
 

@@ -14,7 +14,7 @@ from big_vlm.config import UserError
 from big_vlm.models import resnet, vit
 
 ImageTower = vit.ViT | resnet.ResNet
-_OF_RESNETS = ('variant', 'width', 'pool', 'head_bias')
+_OF_RESNETS = ('variant', 'width', 'pool', 'head_bias', 'norm')
 
 
 def from_config(image: config.ImageTower, *, head: int = 0, **shared: Any) -> ImageTower:
@@ -23,10 +23,10 @@ def from_config(image: config.ImageTower, *, head: int = 0, **shared: Any) -> Im
     Args:
       image: the validated section.
       head: width it is projected to; 0: not at all.
-      shared: dtype, remat and scan.
+      shared: of dtype, remat and scan what is not the tower's default.
 
     Raises:
-      UserError: an unknown variant, sizes that do not divide, a setting that a ResNet does not have.
+      UserError: an unknown variant, sizes that do not divide, a setting that the tower does not have.
     """
     settings = dataclasses.asdict(image) | shared | {'head': head}
     if resnet.is_variant(image.variant):
@@ -35,8 +35,10 @@ def from_config(image: config.ImageTower, *, head: int = 0, **shared: Any) -> Im
             if field.name not in _OF_RESNETS and value != field.default:
                 raise UserError(f'model.image.{field.name}={value!r}: {image.variant!r}, a ResNet, has none')
         of_resnets = (*_OF_RESNETS, 'head', 'dtype', 'remat')
-        tower = resnet.ResNet(**{name: settings[name] for name in of_resnets})
+        tower = resnet.ResNet(**{name: value for name, value in settings.items() if name in of_resnets})
     else:
+        if settings.pop('norm') != config.ImageTower.norm:
+            raise UserError(f'model.image.norm={image.norm!r}: {image.variant!r}, a transformer, has LayerNorm')
         tower = vit.ViT(**settings)
     _ = tower.sizes
     return tower

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from big_vlm import config
-from big_vlm.models import image_towers, text_towers, vit
+from big_vlm.models import image_towers, running_stats, text_towers, vit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +39,22 @@ class TwoTowers:
 
     def init(self, rng: jax.Array) -> dict:
         """Fresh float32 parameters. Use under `jax.jit` or `jax.eval_shape`."""
+        return self.init_with_stats(rng)[0]
+
+    def init_with_stats(self, rng: jax.Array) -> tuple[dict, dict]:
+        """(`init`, running statistics {'img': …}, {} without BatchNorm)."""
         img_rng, txt_rng = jax.random.split(rng)
         image = jnp.zeros((1, self.image_size, self.image_size, 3), jnp.float32)
         text = jnp.zeros((1, self.text_length), jnp.int32)
-        return {
-            'img': self.img.init(img_rng, image)['params'],
+        img, stats = running_stats.init(self.img, img_rng, image)
+        params = {
+            'img': img,
             'txt': self.txt.init(txt_rng, text, jnp.ones(text.shape, bool))['params'],
             # The dtype is explicit: a weakly typed scalar would make every jitted step compile twice.
             't': jnp.full((1,), self.init_t, jnp.float32),
             'b': jnp.full((1,), self.init_b, jnp.float32),
         }
+        return params, {'img': stats} if stats else {}
 
     def apply(
         self,
@@ -57,6 +63,7 @@ class TwoTowers:
         text: jax.Array | None = None,
         text_mask: jax.Array | None = None,
         *,
+        stats: dict | None = None,
         train: bool = False,
         rng: jax.Array | None = None,
     ) -> tuple[jax.Array | None, jax.Array | None, dict]:
@@ -67,13 +74,14 @@ class TwoTowers:
           image: float [B,H,W,3] in the model's value range, or None.
           text: int32 [B,T], or None.
           text_mask: bool [B,T], for a text tower that masks.
-          train: dropout on; then `rng` is needed if there is any.
+          stats: running statistics; None: they are among `params`, as in a bundle's weights.
+          train: dropout on (then `rng` is needed if there is any), and BatchNorm over the batch (then `stats` are).
           rng: key for the dropout.
 
         Returns:
           (zimg float32 [B,E] or None, ztxt float32 [B,E] or None, out), each row of length 1. `out` has 't' and 'b' as
           stored (logits are zimg ztxt^T exp(t) + b), the towers' own intermediates under 'img/...' and 'txt/...', and
-          the lengths before normalisation, 'img/norm' and 'txt/norm' [B,1].
+          the lengths before normalisation, 'img/norm' and 'txt/norm' [B,1]; in training with a BatchNorm 'img/stats'.
         """
         if image is not None:
             chex.assert_shape(image, (None, self.image_size, self.image_size, 3))
@@ -87,7 +95,10 @@ class TwoTowers:
         for name, tower, inputs in (('img', self.img, (image,)), ('txt', self.txt, (text, text_mask))):
             if inputs[0] is None:
                 continue
-            z[name], tower_out = tower.apply({'params': params[name]}, *inputs, train=train, rngs=rngs[name])
+            of_tower = None if stats is None else stats.get(name, {})
+            z[name], tower_out = running_stats.apply(
+                tower, params[name], of_tower, *inputs, train=train, rngs=rngs[name]
+            )
             z[name] = z[name].astype(jnp.float32)
             out |= {f'{name}/{key}': value for key, value in tower_out.items()}
             out[f'{name}/norm'] = jnp.linalg.norm(z[name], axis=-1, keepdims=True)

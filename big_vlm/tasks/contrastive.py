@@ -56,16 +56,22 @@ class Contrastive:
 
     def init(self, rng: jax.Array) -> tuple[dict, dict]:
         """Fresh (params, stats)."""
-        return self.model.init(rng), {}
+        return self.model.init_with_stats(rng)
 
     def embed(
         self, params: dict, stats: dict, batch: dict[str, jax.Array], rng: jax.Array | None, *, train: bool = True
     ) -> tuple[jax.Array, jax.Array, dict]:
-        """(zimg float32 [B,E], ztxt float32 [B,E], stats), rows of length 1. `rng` None switches dropout off."""
-        zimg, ztxt, _ = self.model.apply(
-            params, self._image(batch), batch['text'], batch.get('text_mask'), train=train and rng is not None, rng=rng
+        """(zimg float32 [B,E], ztxt float32 [B,E], stats), rows of length 1. `rng` None switches training off."""
+        zimg, ztxt, out = self.model.apply(
+            params,
+            self._image(batch),
+            batch['text'],
+            batch.get('text_mask'),
+            stats=stats,
+            train=train and rng is not None,
+            rng=rng,
         )
-        return zimg, ztxt, stats
+        return zimg, ztxt, {'img': out['img/stats']} if 'img/stats' in out else stats
 
     def loss_from_embeddings(
         self, params: dict, zimg: jax.Array, ztxt: jax.Array
@@ -89,13 +95,16 @@ class Contrastive:
 
     @property
     def predict(self) -> dict[str, Callable[..., Any]]:
-        """Pure functions: `embed_image(params, batch)` and `embed_text(params, batch)`, each → float32 [B,E]."""
+        """Pure functions: `embed_image(weights, batch)` and `embed_text(weights, batch)`, each → float32 [B,E].
 
-        def embed_image(params, batch):
-            return self.model.apply(params, image=self._image(batch))[0]
+        Weights are parameters and, under their modules' names, running statistics.
+        """
 
-        def embed_text(params, batch):
-            return self.model.apply(params, text=batch['text'], text_mask=batch.get('text_mask'))[1]
+        def embed_image(weights, batch):
+            return self.model.apply(weights, image=self._image(batch))[0]
+
+        def embed_text(weights, batch):
+            return self.model.apply(weights, text=batch['text'], text_mask=batch.get('text_mask'))[1]
 
         return {'embed_image': embed_image, 'embed_text': embed_text}
 

@@ -33,7 +33,7 @@ def check(stages: Mapping[str, Stage], shapes: Mapping[str, Any], name: str, whe
 
     Args:
       stages: validated.
-      shapes: stage → its parameters' shapes, of this stage and the earlier ones.
+      shapes: stage → its weights' shapes, of this stage and the earlier ones.
       name, where: the stage's, and its dotted key.
 
     Raises:
@@ -127,7 +127,9 @@ def _check_stage_tokenizer(given: str, theirs: str, where: str) -> None:
 
 
 def make(init: InitFrom, bundles: Mapping[str, pathlib.Path], where: str) -> Callable[[Any], Any] | None:
-    """A function from fresh parameters to the first ones, placed alike; None where everything starts fresh.
+    """A function from fresh weights to the first ones, placed alike; None where everything starts fresh.
+
+    Weights are parameters and, under their modules' names, running statistics.
 
     Args:
       init: the section.

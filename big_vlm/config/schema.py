@@ -44,6 +44,7 @@ class Contract:
     """How pixels and text become arrays; it travels with the weights."""
 
     image_size: Positive = 224  # pixels, square
+    max_patches: Count = 0  # NaFlex: of a picture at its own aspect ratio, instead of image_size; 0: squares
     resample: Literal['bilinear', 'bicubic'] = 'bilinear'  # what `resize` uses
     antialias: bool = True  # low-pass before shrinking (PIL); False is big_vision's plain resize
     value_range: tuple[float, float] = (-1.0, 1.0)  # what 0 and 255 map to

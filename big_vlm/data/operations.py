@@ -5,6 +5,7 @@ which training replaces and counts, and which evaluation reports by name.
 
     decode            the picture's bytes → uint8 RGB
     resize            to a square, as the contract says unless told otherwise
+    naflex            to patches at its own aspect ratio, as the contract says
     shuffle_channels  colours at random (training)
     text              a dual encoder's text and text_mask
     first             a field from the first item of a column: a label
@@ -25,6 +26,7 @@ import numpy as np
 
 from big_vlm.config import UserError, unknown
 from big_vlm.data import images, prompts
+from big_vlm.data import naflex as patches
 from big_vlm.data.builders import scene_language
 from big_vlm.data.coordinates import boxes_to_text
 
@@ -49,18 +51,25 @@ def resize(
 ) -> None:
     """uint8 [H,W,3] → uint8 [size,size,3]; the contract decides what is left open."""
     contract = context.contract
-    check_size(size, contract.image_size)
-    picture = _field(example, 'image')
-    if not isinstance(picture, np.ndarray):
-        raise UserError('resize before decode: write decode | resize(…)')
+    check_size(size, contract)
+    picture = _decoded(example, 'resize')
     smooth = contract.antialias if antialias is None else antialias
     example['image'] = images.resize(picture, size, method or contract.resample, smooth)
 
 
-def check_size(size: int, image_size: int) -> None:
+def check_size(size: int, contract: Any) -> None:
     """Refuses a resize to another size than the contract's: UserError."""
-    if size != image_size:
-        raise UserError(f'resize({size}), but contract.image_size is {image_size}: make them the same')
+    if contract.max_patches:
+        raise UserError(f'resize({size}), but contract.max_patches is set: write naflex({contract.max_patches})')
+    if size != contract.image_size:
+        raise UserError(f'resize({size}), but contract.image_size is {contract.image_size}: make them the same')
+
+
+def naflex(example: Example, context: 'Context', max_patches: int) -> None:
+    """uint8 [H,W,3] → `patches`, `patch_mask` and `patch_grid` instead of `image` (`naflex.rows`)."""
+    patches.check(max_patches, context.contract)
+    example.update(patches.rows(_decoded(example, 'naflex'), context.contract))
+    del example['image']
 
 
 def shuffle_channels(example: Example, context: 'Context') -> None:
@@ -178,7 +187,9 @@ def tokenize(example: Example, context: 'Context') -> None:
     example['image_mask'] = np.ones(1, bool)
 
 
-_ALL = (decode, resize, shuffle_channels, text, first, prefix, suffix, question, dialogue, detect, tokenize)
+_ALL = (decode, resize, naflex, shuffle_channels, text, first, prefix, suffix, question, dialogue, detect, tokenize)
+# Operations whose first argument the contract has to agree with.
+CHECKS: dict[str, Callable[[int, Any], None]] = {'resize': check_size, 'naflex': patches.check}
 OPERATIONS: dict[str, Callable[..., None]] = {operation.__name__: operation for operation in _ALL}
 
 
@@ -217,6 +228,13 @@ def _field(example: Example, name: str) -> Any:
     if name not in example:
         raise unknown('field', name, example, 'in a pipeline')
     return example[name]
+
+
+def _decoded(example: Example, operation: str) -> np.ndarray:
+    picture = _field(example, 'image')
+    if not isinstance(picture, np.ndarray):
+        raise UserError(f'{operation} before decode: write decode | {operation}(…)')
+    return picture
 
 
 def _template(example: Example, template: str) -> str:

@@ -226,6 +226,7 @@ def _expressible(model: Pretrained) -> None:
     sections = model.model
     needs = []
     if model.family not in pretrained.DECODERS:
+        needs.append(('contract.max_patches', model.settings.max_patches, 0))
         needs.append(('model.image.position', sections.image.position, 'learn'))
     if model.family == 'siglip':
         width = vit.resolve(sections.image.variant, **_given(sections.image))['width']

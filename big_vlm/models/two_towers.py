@@ -28,6 +28,7 @@ class TwoTowers:
       text_length: T.
       init_t: log of the initial temperature.
       init_b: initial bias.
+      max_patches: of an image, if `img` is a `naflex_vit.NaFlexViT`, instead of `image_size`; else 0.
     """
 
     img: nn.Module
@@ -36,6 +37,7 @@ class TwoTowers:
     text_length: int
     init_t: float = math.log(10.0)
     init_b: float = -10.0
+    max_patches: int = 0
 
     def init(self, rng: jax.Array) -> dict:
         """Fresh float32 parameters. Use under `jax.jit` or `jax.eval_shape`."""
@@ -44,9 +46,12 @@ class TwoTowers:
     def init_with_stats(self, rng: jax.Array) -> tuple[dict, dict]:
         """(`init`, running statistics {'img': …}, {} without BatchNorm)."""
         img_rng, txt_rng = jax.random.split(rng)
-        image = jnp.zeros((1, self.image_size, self.image_size, 3), jnp.float32)
+        if self.max_patches:
+            image = self.img.example(self.max_patches)
+        else:
+            image = (jnp.zeros((1, self.image_size, self.image_size, 3), jnp.float32),)
         text = jnp.zeros((1, self.text_length), jnp.int32)
-        img, stats = running_stats.init(self.img, img_rng, image)
+        img, stats = running_stats.init(self.img, img_rng, *image)
         params = {
             'img': img,
             'txt': self.txt.init(txt_rng, text, jnp.ones(text.shape, bool))['params'],
@@ -59,7 +64,7 @@ class TwoTowers:
     def apply(
         self,
         params: dict,
-        image: jax.Array | None = None,
+        image: jax.Array | tuple[jax.Array, jax.Array, jax.Array] | None = None,
         text: jax.Array | None = None,
         text_mask: jax.Array | None = None,
         *,
@@ -71,7 +76,7 @@ class TwoTowers:
 
         Args:
           params: only the subtrees of the given inputs are needed (and 't', 'b' if present are passed on).
-          image: float [B,H,W,3] in the model's value range, or None.
+          image: float [B,H,W,3] in the model's value range, or None; to a NaFlex tower (patches, mask, grid).
           text: int32 [B,T], or None.
           text_mask: bool [B,T], for a text tower that masks.
           stats: running statistics; None: they are among `params`, as in a bundle's weights.
@@ -83,7 +88,7 @@ class TwoTowers:
           stored (logits are zimg ztxt^T exp(t) + b), the towers' own intermediates under 'img/...' and 'txt/...', and
           the lengths before normalisation, 'img/norm' and 'txt/norm' [B,1]; in training with a BatchNorm 'img/stats'.
         """
-        if image is not None:
+        if image is not None and not self.max_patches:
             chex.assert_shape(image, (None, self.image_size, self.image_size, 3))
         if text is not None:
             chex.assert_shape(text, (None, self.text_length))
@@ -92,7 +97,8 @@ class TwoTowers:
         if rng is not None:
             rngs = {'img': {'dropout': jax.random.fold_in(rng, 0)}, 'txt': {'dropout': jax.random.fold_in(rng, 1)}}
         z = {'img': None, 'txt': None}
-        for name, tower, inputs in (('img', self.img, (image,)), ('txt', self.txt, (text, text_mask))):
+        images = image if isinstance(image, tuple) else (image,)
+        for name, tower, inputs in (('img', self.img, images), ('txt', self.txt, (text, text_mask))):
             if inputs[0] is None:
                 continue
             of_tower = None if stats is None else stats.get(name, {})
@@ -107,16 +113,18 @@ class TwoTowers:
 
     def forward_flops(self) -> float:
         """Model FLOPs of one image-text pair's forward pass; pair logits are not counted, they depend on the batch."""
-        return self.img.flops(self.image_size) + self.txt.flops(self.text_length)
+        return self.img.flops(self.max_patches or self.image_size) + self.txt.flops(self.text_length)
 
 
-def from_config(model: config.Model, *, image_size: int, text_length: int, vocab_size: int) -> TwoTowers:
+def from_config(
+    model: config.Model, *, image_size: int, text_length: int, vocab_size: int, max_patches: int = 0
+) -> TwoTowers:
     """The model of a validated `config.Model`. An image tower as wide as E gets no head, as SigLIP's.
 
     Raises UserError for unknown variants, pools, positions, and sizes that do not divide.
     """
     shared = dict(dtype=jnp.dtype(model.dtype), remat=model.remat, scan=model.scan)
-    image = image_towers.from_config(model.image, **shared)
+    image = image_towers.from_config(model.image, naflex=max_patches > 0, **shared)
     width = image.sizes['width']
     embed_dim = model.embed_dim or width
     if image.pool == 'none':
@@ -125,4 +133,4 @@ def from_config(model: config.Model, *, image_size: int, text_length: int, vocab
         image = image.clone(head=embed_dim)
     image_towers.check_head(image, f'the image tower is as wide as the joint space, {width}')
     text = text_towers.from_config(model.text, model.decoder, vocab_size=vocab_size, embed_dim=embed_dim, **shared)
-    return TwoTowers(image, text, image_size, text_length, model.init_t, model.init_b)
+    return TwoTowers(image, text, image_size, text_length, model.init_t, model.init_b, max_patches)

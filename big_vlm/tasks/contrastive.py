@@ -20,6 +20,9 @@ LOSSES = ('sigmoid', 'softmax')
 class Contrastive:
     """Batches of `image` uint8 [B,H,W,3], `text` int32 [B,T] and `text_mask` bool [B,T] → loss, metrics, embeddings.
 
+    For a NaFlex tower (`contract.max_patches`), instead of `image`, `patches` uint8 [B,N,p·p·3], `patch_mask` bool
+    [B,N] and `patch_grid` int32 [B,2].
+
     Args:
       stage: the validated stage; its `model` section says which towers and which loss.
       contract: image size, text length and vocabulary.
@@ -47,6 +50,7 @@ class Contrastive:
             image_size=contract.image_size,
             text_length=contract.text_length,
             vocab_size=contract.vocab_size,
+            max_patches=contract.max_patches,
         )
 
     @property
@@ -109,4 +113,10 @@ class Contrastive:
         return {'embed_image': embed_image, 'embed_text': embed_text}
 
     def _image(self, batch):
-        return pixels.to_model_range(batch['image'], self.contract.value_range, self.dtype)
+        count, as_the_model_reads = self.contract.max_patches, (self.contract.value_range, self.dtype)
+        if not count:
+            return pixels.to_model_range(batch['image'], *as_the_model_reads)
+        if 'patches' not in batch:
+            raise config.UserError(f'the pipeline makes no patches: add naflex({count})')
+        patches = pixels.to_model_range(batch['patches'], *as_the_model_reads)
+        return patches, batch['patch_mask'], batch['patch_grid']

@@ -232,8 +232,9 @@ def _resized(init: InitFrom, ours: str, wanted: Mapping[str, Any], stored: Mappi
     position = _position(ours)
     if not (init.resize_position and position in wanted and position in stored):
         return False
-    (*_, slots, width), (*_, before, width_before) = wanted[position].shape, stored[position].shape
-    return slots != before and width == width_before
+    (one, slots, width), (also_one, before, width_before) = wanted[position].shape, stored[position].shape
+    # NaFlex's has two axes of slots, and is resized in every image.
+    return one == also_one == 1 and slots != before and width == width_before
 
 
 def _position(ours: str) -> str:

@@ -53,7 +53,7 @@ def check(stages: Mapping[str, Stage]) -> None:
         for key, source in stage.data.sources.items():
             place = f'{where}.data.sources.{key}'
             pipeline = transforms.parse(source.pipeline, where=f'{place}.pipeline')
-            pipeline.check_size(stage.contract.image_size, where=f'{place}.pipeline')
+            pipeline.check_size(stage.contract, where=f'{place}.pipeline')
             sources.check(source.dataset, source.split, stage.data.data_dir, where=place)
         evaluation.check(stage, where)
         with config.located(where):
@@ -232,7 +232,8 @@ def _evaluate_what_is_new(stage: Stage, folder: pathlib.Path, path: pathlib.Path
 
 def make_contract(stage: Stage, tokenizer: Tokenizer) -> Contract:
     """The contract of a stage's model and tokenizer."""
-    return Contract.make(stage.contract, tokenizer, tasks.image_slots(stage), stage.model.decoder.final_softcap)
+    softcap, patch_size = stage.model.decoder.final_softcap, tasks.patch_size(stage)
+    return Contract.make(stage.contract, tokenizer, tasks.image_slots(stage), softcap, patch_size)
 
 
 def _draft_contract(stage: Stage, vocab_size: int) -> Contract:

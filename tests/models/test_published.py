@@ -29,6 +29,11 @@ def siglip(variant, image_size, text_length, vocab_size=32_000):
     return two_towers.TwoTowers(vit.ViT(variant), text, image_size, text_length)
 
 
+def naflex(name):
+    section = config.Model(image=config.ImageTower(f'{name}/16'), text=config.TextTower(variant=name))
+    return two_towers.from_config(section, image_size=224, text_length=64, vocab_size=256_000, max_patches=256)
+
+
 def pali(decoder, image_size):
     """PaliGemma 1 or 2."""
     llm = gemma.Gemma(variant=decoder)
@@ -155,6 +160,8 @@ PUBLISHED = {
     'google/siglip-so400m-patch14-384': (siglip('So400m/14', 384, 64), 877_960_498),
     'google/siglip2-base-patch16-224': (siglip('B/16', 224, 64, 256_000), 375_187_970),
     'google/siglip2-giant-opt-patch16-256': (siglip('g-opt/16', 256, 64, 256_000), 1_871_393_906),
+    'google/siglip2-base-patch16-naflex': (naflex('B'), 375_234_050),
+    'google/siglip2-so400m-patch16-naflex': (naflex('So400m'), 1_135_670_962),
     'google/gemma-2b': (text_decoder('gemma_2b', 256_000), 2_506_172_416),
     'google/gemma-7b': (text_decoder('gemma_7b', 256_000), 8_537_680_896),
     'google/gemma-2-2b': (text_decoder('gemma2_2b', 256_000), 2_614_341_888),

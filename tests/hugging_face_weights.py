@@ -71,6 +71,16 @@ def image_tower(sd, prefix, config):
     }
 
 
+def image_tower_of_patches(sd, prefix, config):
+    """NaFlex's: patches through a linear layer, a square of positions."""
+    side = round(config.num_patches**0.5)
+    return {
+        'embedding': dense(sd, f'{prefix}.embeddings.patch_embedding'),
+        'pos_embedding': sd[f'{prefix}.embeddings.position_embedding.weight'].reshape(side, side, -1),
+        'Transformer': encoder(sd, f'{prefix}.encoder', f'{prefix}.post_layernorm', config),
+    }
+
+
 def map_head(sd, prefix, config):
     d = config.hidden_size
     w, b = (sd[f'{prefix}.attention.in_proj_{x}'].reshape(3, d, *rest) for x, rest in (('weight', (d,)), ('bias', ())))

@@ -134,6 +134,8 @@ def _at(model: Pretrained, image_size: int, resize: str) -> Pretrained:
         raise unknown('position resize', resize, position_resize.RESIZES)
     if POSITION not in model.weights.shapes:
         raise UserError(f'{model.weights.where}: no learned position embedding of images: leave out --image_size')
+    if model.settings.max_patches:
+        raise UserError(f'{model.weights.where}: a NaFlex model takes images of any size: leave out --image_size')
     side = image_size // vit.decode_variant(model.model.image.variant)['patch_size']
     if not side:
         raise UserError(f'--image_size={image_size} holds no patch of {model.model.image.variant}')

@@ -123,9 +123,13 @@ def _functions(model: Bundle, max_new_tokens: int) -> tuple[_Arrays, dict[str, t
         def embed_text(weights, inputs):
             return {'embedding': predict['embed_text'](trees.like(structure, weights), inputs)}
 
+        image = {'image': array(jnp.uint8, side, side, 3)}
+        if count := contract.max_patches:
+            image = {'patches': array(jnp.uint8, count, 3 * contract.patch_size**2)}
+            image |= {'patch_mask': array(jnp.bool_, count), 'patch_grid': array(jnp.int32, 2)}
         text = {'text': array(jnp.int32, contract.text_length), 'text_mask': array(jnp.bool_, contract.text_length)}
         return trees.flat(structure), {
-            'embed_image': (embed_image, {'image': array(jnp.uint8, side, side, 3)}),
+            'embed_image': (embed_image, image),
             'embed_text': (embed_text, text),
         }
 

@@ -38,7 +38,7 @@ def load(path: str | os.PathLike, *, mesh: Mesh | None = None) -> Bundle:
     if mesh is None:
         mesh = meshes.make_mesh(data=1, devices=jax.local_devices()[:1])
     task = tasks.make(stage, contract, mesh)
-    shapes, _ = jax.eval_shape(task.init, jax.random.key(0))
+    shapes = trees.merged(*jax.eval_shape(task.init, jax.random.key(0)))
     placed = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -76,13 +76,14 @@ def save(
     contract: Contract,
     tokenizer: Tokenizer,
     *,
+    stats: Mapping[str, Any] | None = None,
     scores: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a bundle. It appears under its name only when it is whole; one that is already there is replaced.
 
     Args:
       path: the folder to make. Every process calls this, with the same path.
-      params: the parameters, as the task's `init` returns them.
+      params, stats: parameters and running statistics, as the task's `init` returns them; stats may be among them.
       stage: the stage they were trained with, or its dict.
       contract, tokenizer: how pixels and text were made into arrays.
       scores: evaluation results for the model card, {name: {'score': …, 'chance': …, 'n': …}}, nested as you like.
@@ -104,7 +105,7 @@ def save(
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         _wait('bundle: folder')
-        weights.save_weights(temporary / 'weights', params)
+        weights.save_weights(temporary / 'weights', trees.merged(params, stats or {}))
         _wait('bundle: weights')
         if first:
             tokenizer.save(temporary / 'tokenizer.model')

@@ -13,6 +13,7 @@ from PIL import Image
 from big_vlm import config, tasks
 from big_vlm.config import UserError
 from big_vlm.data import images as pictures
+from big_vlm.data import naflex
 from big_vlm.data import prompts as prompt_rows
 from big_vlm.data.contract import Contract
 from big_vlm.data.images import ImageLike
@@ -36,6 +37,7 @@ class Answer:
 class Bundle:
     """A model with all that it takes to use it. From `load`, or built from the parts during training.
 
+    `params` are weights as the task's `predict` takes them: parameters, and a BatchNorm's running statistics.
     Images are paths, PIL images or uint8 arrays [H, W, 3] of any size; they are resized as in training.
     """
 
@@ -206,8 +208,10 @@ class Bundle:
                 if images is None:
                     continue
                 if last[0] is not images[i]:  # one image for many prompts is read once
-                    last = images[i], pictures.prepare(images[i], self.contract, _name(images[i], i))
-                if self.stage.task == 'generative':
+                    last = images[i], self._prepared(images[i], _name(images[i], i))
+                if self.contract.max_patches:
+                    row |= last[1]
+                elif self.stage.task == 'generative':
                     row |= {'image': last[1][None], 'image_mask': np.array([True])}
                 else:
                     row['image'] = last[1]
@@ -216,6 +220,12 @@ class Bundle:
             some += [some[-1] | {'_mask': np.array(False)}] * (size - count)
             batch = {key: np.stack([row[key] for row in some]) for key in some[0]}
             yield meshes.put_batch(batch, self.mesh), count
+
+    def _prepared(self, image: ImageLike, where: str) -> Any:
+        """An array, or NaFlex's."""
+        if self.contract.max_patches:
+            return naflex.rows(pictures.read(image, where), self.contract)
+        return pictures.prepare(image, self.contract, where)
 
     def _row(self, prompt: str, answer: str | None, where: str) -> dict[str, np.ndarray]:
         prefix = self.tokenizer.encode(self._cased(prompt, where))

@@ -31,8 +31,13 @@ def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def merged(*trees: Any) -> dict[str, Any]:
+    """One nested dict of all their leaves: weights of parameters and running statistics. Paths must differ."""
+    return nested({path: leaf for tree in trees for path, leaf in flat(tree).items()})
+
+
 def like(structure: Any, leaves: Mapping[str, Any]) -> Any:
-    """The inverse of `flat`, in the containers of `structure`."""
+    """The inverse of `flat`, in the containers of `structure`; `leaves` may have more."""
     return jax.tree.unflatten(jax.tree.structure(structure), [leaves[path] for path in flat(structure)])
 
 

@@ -37,6 +37,8 @@ def weight_shapes(directory: str | pathlib.Path, part: str = '') -> Any:
 def load_weights(directory: str | pathlib.Path, like: Any = None, part: str = '') -> Any:
     """Reads weights that `save_weights` wrote, or the parameters of a training checkpoint.
 
+    Of a training checkpoint these are its parameters and running statistics.
+
     Args:
       directory: a weights folder, a bundle, a training checkpoint DIR/STEP, or DIR for its newest step.
       like: pytree of jax.ShapeDtypeStruct; leaves with a sharding become jax.Arrays placed so, others numpy arrays.
@@ -56,10 +58,10 @@ def load_weights(directory: str | pathlib.Path, like: Any = None, part: str = ''
     args = {}
     for key, leaf in wanted.items():
         if leaf.sharding is not None:
-            args[found.prefix + key] = ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype)
+            args[found.paths[key]] = ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype)
         else:
-            args[found.prefix + key] = ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
-    item = trees.nested({found.prefix + key: leaf for key, leaf in wanted.items()})
+            args[found.paths[key]] = ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+    item = trees.nested({found.paths[key]: leaf for key, leaf in wanted.items()})
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             restored = checkpointer.restore(
@@ -68,15 +70,16 @@ def load_weights(directory: str | pathlib.Path, like: Any = None, part: str = ''
             )
     except (ValueError, OSError) as error:
         raise UserError(f'{where}: damaged: {trees.one_line(error)}') from error
-    leaves = {key.removeprefix(found.prefix): leaf for key, leaf in trees.flat(restored).items()}
+    restored = trees.flat(restored)
+    leaves = {key: restored[found.paths[key]] for key in wanted}
     return trees.nested(leaves) if like is None else trees.like(like, leaves)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
     folder: pathlib.Path
-    prefix: str  # of the wanted leaves inside the folder: '' or '…/'
-    leaves: Mapping[str, jax.ShapeDtypeStruct]  # path below the prefix → shape, dtype
+    paths: Mapping[str, str]  # path below the part → path inside the folder
+    leaves: Mapping[str, jax.ShapeDtypeStruct]  # path below the part → shape, dtype
 
 
 def _find(directory: str | pathlib.Path, part: str) -> _Found:
@@ -84,20 +87,18 @@ def _find(directory: str | pathlib.Path, part: str) -> _Found:
     if not path.is_dir():
         raise UserError(f'no folder {directory}: weights are read from a bundle, a weights folder or a checkpoint')
     steps = sorted((int(f.name) for f in path.iterdir() if f.name.isdecimal()), reverse=True)
-    inside = [(path, ''), (path / 'weights', ''), (path / 'state', 'params/')]
-    inside += [(path / str(step) / 'state', 'params/') for step in steps[:1]]
-    found = [(folder, prefix) for folder, prefix in inside if (folder / _MARK).is_file()]
+    of_state = 'params/', 'stats/'
+    inside = [(path, ('',)), (path / 'weights', ('',)), (path / 'state', of_state)]
+    inside += [(path / str(step) / 'state', of_state) for step in steps[:1]]
+    found = [(folder, prefixes) for folder, prefixes in inside if (folder / _MARK).is_file()]
     if not found:
         raise UserError(f'{directory} is not a bundle, a weights folder or a checkpoint: nothing in it can be read')
-    folder, prefix = found[0]
+    folder, prefixes = found[0]
     stored = trees.flat(ocp.PyTreeCheckpointHandler().metadata(folder).tree)
-    stored = {key.removeprefix(prefix): leaf for key, leaf in stored.items() if key.startswith(prefix)}
+    paths = {key.removeprefix(prefix): key for prefix in prefixes for key in stored if key.startswith(prefix)}
     below = f'{part}/' if part else ''
-    leaves = {
-        key.removeprefix(below): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        for key, leaf in stored.items()
-        if key.startswith(below)
-    }
-    if not leaves:
-        raise unknown('part', part, {key.split('/')[0] for key in stored}, str(directory))
-    return _Found(folder, prefix + below, leaves)
+    inside_part = {key.removeprefix(below): path for key, path in paths.items() if key.startswith(below)}
+    if not inside_part:
+        raise unknown('part', part, {key.split('/')[0] for key in paths}, str(directory))
+    leaves = {key: jax.ShapeDtypeStruct(stored[path].shape, stored[path].dtype) for key, path in inside_part.items()}
+    return _Found(folder, inside_part, leaves)

@@ -44,6 +44,7 @@ class Contract:
     """How pixels and text become arrays; it travels with the weights."""
 
     image_size: Positive = 224  # pixels, square
+    max_patches: Count = 0  # NaFlex: of a picture at its own aspect ratio, instead of image_size; 0: squares
     resample: Literal['bilinear', 'bicubic'] = 'bilinear'  # what `resize` uses
     antialias: bool = True  # low-pass before shrinking (PIL); False is big_vision's plain resize
     value_range: tuple[float, float] = (-1.0, 1.0)  # what 0 and 255 map to
@@ -66,12 +67,14 @@ class Tokenizer:
 class ImageTower:
     """A vision transformer, or a ResNet. A size of 0 is the variant's own."""
 
-    variant: str = 'B/16'  # name/patch size; or R50, R101x3: BiT's ResNets, which have width and pool only
+    variant: str = 'B/16'  # name/patch size; or R50, R101x3: BiT's ResNets, which have width, pool, norm and head_bias
     width: Count = 0  # a ResNet's: channels of its first bottlenecks
     depth: Count = 0
     mlp_dim: Count = 0
     num_heads: Count = 0
-    pool: Literal['map', 'gap', 'tok', 'none'] = 'map'  # attention head, mean, class token, all patches
+    pool: Literal['map', 'gap', 'tok', 'first', 'none'] = 'map'  # attention head, mean, class or first token, all
+    head_bias: bool = True  # of the projection to the joint width, or to a decoder's
+    norm: Literal['group', 'batch'] = 'group'  # a ResNet's; 'batch' depends on the batch in training
     stem: Literal['patch', 'conv'] = 'patch'  # a token is one product of its patch, or what convolutions leave of it
     position: Literal['learn', 'sincos2d'] = 'learn'  # position embedding
     position_init: Amount = 0.0  # stddev of the learned position embedding's init; 0: 1/sqrt(width)

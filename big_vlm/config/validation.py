@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from big_vlm.config.errors import UserError, unknown
-from big_vlm.config.schema import Duration, Stage
+from big_vlm.config.schema import Contract, Duration, Stage
 
 
 def validate(config: Any) -> dict[str, Stage]:
@@ -63,6 +63,10 @@ def parse_stage(config: Any, where: str = 'config', *, trained: bool = True) -> 
         _trainable(stage, where)
     if stage.contract.value_range[0] >= stage.contract.value_range[1]:
         raise UserError(f'{where}.contract.value_range: must rise, got {stage.contract.value_range}')
+    if stage.contract.max_patches and stage.task != 'contrastive':
+        raise UserError(f'{where}.contract.max_patches: NaFlex is for contrastive stages, this one is {stage.task}')
+    if stage.contract.max_patches and stage.contract.image_size != Contract.image_size:
+        raise UserError(f'{where}.contract: image_size and max_patches are both given; keep one')
     for key, source in stage.init_from.given().items():
         if source.stage and source.path:
             raise UserError(f'{where}.{key}: stage and path are both given; keep one')

@@ -12,7 +12,7 @@ from big_vlm.data.tokenizer import Tokenizer
 class Contract:
     """All that must be the same at inference as in training.
 
-    image_size: pixels, square.
+    image_size: pixels, square; of no use with max_patches.
     resample, antialias: what `resize` does ('bilinear' | 'bicubic'; low-pass before shrinking or not).
     value_range: what pixel values 0 and 255 become on the device.
     text_length: T of contrastive text; the text slots after the image slots of a generative row.
@@ -23,6 +23,8 @@ class Contract:
     image_tokens: image slots of a generative row (0 for dual encoders).
     vocab_size: ids the tokenizer knows, location and segmentation tokens included.
     softcap: tanh cap of the decoder's output logits, 0 for none.
+    max_patches, patch_size: pictures at their own aspect ratio, as so many patches of so many pixels a side (NaFlex);
+      0 and 0 for squares.
     """
 
     image_size: int
@@ -42,10 +44,17 @@ class Contract:
     tokenizer_sha256: str
     softcap: float = 0.0
     image_alone: bool = False
+    max_patches: int = 0
+    patch_size: int = 0
 
     @classmethod
     def make(
-        cls, settings: config.Contract, tokenizer: Tokenizer, image_tokens: int = 0, softcap: float = 0.0
+        cls,
+        settings: config.Contract,
+        tokenizer: Tokenizer,
+        image_tokens: int = 0,
+        softcap: float = 0.0,
+        patch_size: int = 0,
     ) -> 'Contract':
         """The contract of a stage: its settings, its tokenizer, and what its model adds.
 
@@ -63,6 +72,7 @@ class Contract:
             eos_id=tokenizer.eos_id,
             tokenizer_sha256=tokenizer.sha256,
             softcap=softcap,
+            patch_size=patch_size,
         )
 
     def to_dict(self) -> dict[str, Any]:

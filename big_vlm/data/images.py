@@ -49,24 +49,30 @@ def decode(image: ImageLike) -> np.ndarray:
         raise ValueError(f'cannot decode the image ({len(image)} bytes): {error}') from error
 
 
-def resize(image: np.ndarray, size: int, method: str, antialias: bool) -> np.ndarray:
-    """uint8 [H,W,3] → uint8 [size,size,3]; `method` is 'bilinear' or 'bicubic'.
+def resize(image: np.ndarray, size: int | tuple[int, int], method: str, antialias: bool) -> np.ndarray:
+    """uint8 [H,W,3] → uint8 [size,size,3], or of (height, width); `method` is 'bilinear' or 'bicubic'.
 
     With antialias: Pillow's, as Hugging Face does. Without: samples at half-pixel centres in float32, truncated to
     uint8, as big_vision does (its bicubic has a = −0.5 where this one has −0.75).
     """
-    if image.shape[:2] == (size, size):
+    height, width = (size, size) if isinstance(size, int) else size
+    if image.shape[:2] == (height, width):
         return image
     if antialias:
-        return np.asarray(Image.fromarray(image).resize((size, size), _PILLOW[method]))
-    floats = cv2.resize(image.astype(np.float32), (size, size), interpolation=_OPENCV[method])
+        return np.asarray(Image.fromarray(image).resize((width, height), _PILLOW[method]))
+    floats = cv2.resize(image.astype(np.float32), (width, height), interpolation=_OPENCV[method])
     return np.clip(floats, 0, 255).astype(np.uint8)
 
 
 def prepare(image: ImageLike, contract: Contract, where: str = 'image') -> np.ndarray:
     """Any picture as the model takes it: uint8 [image_size,image_size,3]. Raises UserError naming `where`."""
+    return resize(read(image, where), contract.image_size, contract.resample, contract.antialias)
+
+
+def read(image: ImageLike, where: str = 'image') -> np.ndarray:
+    """`decode`, for a person: raises UserError naming `where`."""
     try:
-        return resize(decode(image), contract.image_size, contract.resample, contract.antialias)
+        return decode(image)
     except OSError as error:
         raise UserError(f'{where}: cannot read {image}: {error.strerror}') from error
     except ValueError as error:

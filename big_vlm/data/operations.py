@@ -5,6 +5,7 @@ which training replaces and counts, and which evaluation reports by name.
 
     decode            the picture's bytes → uint8 RGB
     resize            to a square, as the contract says unless told otherwise
+    naflex            to patches at its own aspect ratio, as the contract says
     shuffle_channels  colours at random (training)
     text              a dual encoder's text and text_mask
     first, choice     a field from an item of a column: a label, or one of several captions
@@ -27,6 +28,7 @@ import numpy as np
 
 from big_vlm.config import UserError, unknown
 from big_vlm.data import images, prompts
+from big_vlm.data import naflex as patches
 from big_vlm.data.builders import scene_language
 from big_vlm.data.coordinates import boxes_to_text
 
@@ -51,18 +53,25 @@ def resize(
 ) -> None:
     """uint8 [H,W,3] → uint8 [size,size,3]; the contract decides what is left open."""
     contract = context.contract
-    check_size(size, contract.image_size)
-    picture = _field(example, 'image')
-    if not isinstance(picture, np.ndarray):
-        raise UserError('resize before decode: write decode | resize(…)')
+    check_size(size, contract)
+    picture = _decoded(example, 'resize')
     smooth = contract.antialias if antialias is None else antialias
     example['image'] = images.resize(picture, size, method or contract.resample, smooth)
 
 
-def check_size(size: int, image_size: int) -> None:
+def check_size(size: int, contract: Any) -> None:
     """Refuses a resize to another size than the contract's: UserError."""
-    if size != image_size:
-        raise UserError(f'resize({size}), but contract.image_size is {image_size}: make them the same')
+    if contract.max_patches:
+        raise UserError(f'resize({size}), but contract.max_patches is set: write naflex({contract.max_patches})')
+    if size != contract.image_size:
+        raise UserError(f'resize({size}), but contract.image_size is {contract.image_size}: make them the same')
+
+
+def naflex(example: Example, context: 'Context', max_patches: int) -> None:
+    """uint8 [H,W,3] → `patches`, `patch_mask` and `patch_grid` instead of `image` (`naflex.rows`)."""
+    patches.check(max_patches, context.contract)
+    example.update(patches.rows(_decoded(example, 'naflex'), context.contract))
+    del example['image']
 
 
 def shuffle_channels(example: Example, context: 'Context') -> None:
@@ -191,9 +200,11 @@ def tokenize(example: Example, context: 'Context') -> None:
 
 
 _ALL = (
-    decode, resize, shuffle_channels, text, first, choice,
+    decode, resize, naflex, shuffle_channels, text, first, choice,
     prefix, suffix, question, dialogue, also, detect, tokenize,
 )  # fmt: skip
+# Operations whose first argument the contract has to agree with.
+CHECKS: dict[str, Callable[[int, Any], None]] = {'resize': check_size, 'naflex': patches.check}
 OPERATIONS: dict[str, Callable[..., None]] = {operation.__name__: operation for operation in _ALL}
 
 
@@ -256,6 +267,13 @@ def _item(example: Example, column: str, pick: Callable[[int], int]) -> Any:
         raise ValueError(f'{column} is empty')
     value = items[pick(len(items))]
     return value.item() if isinstance(value, np.generic) else value
+
+
+def _decoded(example: Example, operation: str) -> np.ndarray:
+    picture = _field(example, 'image')
+    if not isinstance(picture, np.ndarray):
+        raise UserError(f'{operation} before decode: write decode | {operation}(…)')
+    return picture
 
 
 def _template(example: Example, template: str) -> str:

@@ -52,12 +52,16 @@ class Pipeline:
         """Every text the pipeline may take from a record, to train a tokenizer on."""
         yield from _texts(record, self._steps)
 
-    def check_size(self, image_size: int, where: str) -> None:
-        """Refuses a `resize` to another size than the contract's, as running it would: UserError, naming `where`."""
+    def check_size(self, contract: Any, where: str) -> None:
+        """Refuses a `resize` or `naflex` to another size than the contract's, as running it would.
+
+        Raises UserError, naming `where`. `contract`: of a config, or of a model.
+        """
         for name, args, kwargs in self._steps:
-            if name == 'resize':
+            if name in operations.CHECKS:
                 with located(where):
-                    operations.check_size(args[0] if args else kwargs['size'], image_size)
+                    size = args[0] if args else kwargs.get('size', kwargs.get('max_patches'))
+                    operations.CHECKS[name](size, contract)
 
     def __repr__(self) -> str:
         return f'Pipeline({self.text!r})'

@@ -174,7 +174,7 @@ def describe(model: Pretrained, contract: Contract | None) -> dict[str, dict[str
     head = {'dtype': dtype}
     if model.family in pretrained.DECODERS:
         return {'config.json': head | hugging_face_decoder.describe(model, model.vocab_size) | ids}
-    vision = their_sizes(_VISION, vit.ViT(**dataclasses.asdict(image)).sizes)
+    vision = their_sizes(_VISION, vit.resolve(image.variant, **_given(image)))
     patch = vit.decode_variant(image.variant)['patch_size']
     vision |= {'model_type': 'siglip_vision_model', 'image_size': settings.image_size, 'patch_size': patch}
     vision |= {'hidden_act': 'gelu_pytorch_tanh', 'layer_norm_eps': 1e-6, 'num_channels': 3}
@@ -231,9 +231,10 @@ def _expressible(model: Pretrained) -> None:
                 f'{model.weights.where}: model.image.variant is {sections.image.variant!r}, a ResNet, and transformers '
                 f'has no {model.family} with one'
             )
+        needs.append(('contract.max_patches', model.settings.max_patches, 0))
         needs.append(('model.image.position', sections.image.position, 'learn'))
     if model.family == 'siglip':
-        width = vit.ViT(**dataclasses.asdict(sections.image)).sizes['width']
+        width = vit.resolve(sections.image.variant, **_given(sections.image))['width']
         needs += [
             ('model.text.kind', sections.text.kind, 'transformer'),
             ('model.text.causal', sections.text.causal, False),
@@ -245,6 +246,7 @@ def _expressible(model: Pretrained) -> None:
     else:
         needs.append(('model.projector', sections.projector, 'linear'))
         needs.append(('contract.image_alone', model.settings.image_alone, False))
+        needs.append(('model.image.head_bias', sections.image.head_bias, True))
         family = pretrained.decoder_family(sections.decoder.variant)
         if family == 'gemma':
             needs.append(('model.decoder.final_softcap', sections.decoder.final_softcap, 0.0))

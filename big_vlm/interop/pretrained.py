@@ -19,6 +19,7 @@ from big_vlm.data.tokenizer import Tokenizer
 from big_vlm.interop.lazy import LazyWeights, check_names
 from big_vlm.models import gemma, paligemma, two_towers, vit
 from big_vlm.models.gemma_variants import VARIANTS
+from big_vlm.models.image_towers import naflex_patch_size
 
 Model = two_towers.TwoTowers | paligemma.PaliGemma | gemma.Gemma
 
@@ -28,6 +29,7 @@ POSITION, TOKENS = 'img/pos_embedding', {'txt': 'txt/Embed_0/embedding', 'llm': 
 
 # (patch size, patches) → pixels, where patches do not cover the published image: 384 px hold 27 patches of 14.
 _IMAGE_SIZES = {(14, 27 * 27): 384}
+_NAFLEX_PATCHES = 256  # that SigLIP 2's NaFlex towers are used with unless told otherwise
 _CONTEXT = 8192  # tokens that Gemma 2 was trained with: a window of so many cuts nothing
 
 
@@ -72,7 +74,8 @@ class Pretrained:
         """The preprocessing contract. Raises UserError if the tokenizer's vocabulary is not the token table's."""
         built = self.build()
         image_tokens = built.image_tokens if isinstance(built, paligemma.PaliGemma) else 0
-        contract = Contract.make(self.settings, self.fitted(tokenizer), image_tokens, self.model.decoder.final_softcap)
+        softcap, patch_size = self.model.decoder.final_softcap, naflex_patch_size(self.model, self.settings)
+        contract = Contract.make(self.settings, self.fitted(tokenizer), image_tokens, softcap, patch_size)
         return dataclasses.replace(contract, vocab_size=self.vocab_size)
 
     def fitted(self, tokenizer: Tokenizer) -> Tokenizer:
@@ -111,14 +114,18 @@ def expected(
     if isinstance(built, gemma.Gemma):
         shapes = {'llm': jax.eval_shape(lambda rng: gemma.init(built, rng), jax.random.key(0))}
     else:
-        shapes = jax.eval_shape(built.init, jax.random.key(0))
+        shapes = trees.merged(*jax.eval_shape(built.init_with_stats, jax.random.key(0)))
     return trees.flat(shapes)
 
 
 def _build(family: str, model: config.Model, settings: config.Contract, vocab_size: int) -> Model:
     if family in TOWERS:
         return two_towers.from_config(
-            model, image_size=settings.image_size, text_length=settings.text_length, vocab_size=vocab_size
+            model,
+            image_size=settings.image_size,
+            text_length=settings.text_length,
+            vocab_size=vocab_size,
+            max_patches=settings.max_patches,
         )
     if family in DECODERS:
         decoder = gemma.Gemma(vocab_size=vocab_size, **dataclasses.asdict(model.decoder))
@@ -130,9 +137,9 @@ def _build(family: str, model: config.Model, settings: config.Contract, vocab_si
 def from_shapes(weights: LazyWeights) -> Pretrained:
     """The model that weights under our names belong to, its sizes read off their shapes.
 
-    What shapes cannot say is big_vision's: bilinear resize without antialias, pixels in −1..1, lower case for two
-    towers, pooling of the last text position, output logits without a cap and, in a PaliGemma, no windows. A Gemma 2
-    or 3 of sizes that were never published has the window and scales of the smallest one.
+    What shapes cannot say is big_vision's: bilinear resize, with antialias for a NaFlex alone, pixels in −1..1, lower
+    case for two towers, pooling of the last text position, output logits without a cap and, in a PaliGemma, no windows.
+    A Gemma 2 or 3 of sizes that were never published has the window and scales of the smallest one.
 
     Raises:
       UserError: no model of ours, or weights missing, unexpected or misshapen.
@@ -150,9 +157,12 @@ def from_shapes(weights: LazyWeights) -> Pretrained:
             'llm, a Gemma llm. A part of a model can be used through init_from.path'
         )
     try:
-        model, image_size = config.Model(), config.Contract().image_size
+        model, image_size, max_patches = config.Model(), config.Contract().image_size, 0
         if 'img' in tops:
-            image, image_size = _image_tower(shapes, pooled=family == 'siglip')
+            if len(shapes['img/embedding/kernel']) == 2:
+                image, max_patches = _naflex_tower(shapes), _NAFLEX_PATCHES
+            else:
+                image, image_size = _image_tower(shapes, pooled=family == 'siglip')
             model = dataclasses.replace(model, image=image)
         if family == 'siglip':
             model = dataclasses.replace(
@@ -169,8 +179,9 @@ def from_shapes(weights: LazyWeights) -> Pretrained:
         raise UserError(f'{weights.where} is not a {family}: its arrays have other numbers of axes') from None
     settings = config.Contract(
         image_size=image_size,
+        max_patches=max_patches,
         resample='bilinear',
-        antialias=False,
+        antialias=max_patches > 0,
         text_length=text_length,
         lower=family == 'siglip',
     )
@@ -229,8 +240,16 @@ def _image_tower(shapes: Mapping[str, tuple[int, ...]], pooled: bool) -> tuple[c
     pool = 'map' if 'img/MAPHead_0/probe' in shapes else 'tok' if 'img/cls' in shapes else 'gap'
     pool = pool if pooled else 'none'
     tower = image_tower(patch, pool=pool, **_encoder(shapes, 'img/Transformer/'))
+    if 'img/head/kernel' in shapes:
+        tower = dataclasses.replace(tower, head_bias='img/head/bias' in shapes)
     patches = shapes[POSITION][1]
     return tower, _IMAGE_SIZES.get((patch, patches), math.isqrt(patches) * patch)
+
+
+def _naflex_tower(shapes: Mapping[str, tuple[int, ...]]) -> config.ImageTower:
+    patch = math.isqrt(shapes['img/embedding/kernel'][0] // 3)
+    pool = 'map' if 'img/MAPHead_0/probe' in shapes else 'gap'
+    return image_tower(patch, pool=pool, **_encoder(shapes, 'img/Transformer/'))
 
 
 def _text_tower(shapes: Mapping[str, tuple[int, ...]]) -> config.TextTower:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from big_vlm import config
-from big_vlm.models import gemma, image_towers
+from big_vlm.models import gemma, image_towers, running_stats
 from big_vlm.ops import kv_cache, masks
 
 
@@ -49,9 +49,14 @@ class PaliGemma:
 
     def init(self, rng: jax.Array) -> dict:
         """Fresh float32 parameters. Use under `jax.jit` or `jax.eval_shape`."""
+        return self.init_with_stats(rng)[0]
+
+    def init_with_stats(self, rng: jax.Array) -> tuple[dict, dict]:
+        """(`init`, running statistics {'img': …}, {} without BatchNorm)."""
         img_rng, llm_rng = jax.random.split(rng)
         image = jnp.zeros((1, self.image_size, self.image_size, 3), jnp.float32)
-        return {'img': self.img.init(img_rng, image)['params'], 'llm': gemma.init(self.llm, llm_rng)}
+        img, stats = running_stats.init(self.img, img_rng, image)
+        return {'img': img, 'llm': gemma.init(self.llm, llm_rng)}, {'img': stats} if stats else {}
 
     def embed(
         self,
@@ -60,6 +65,7 @@ class PaliGemma:
         image_mask: jax.Array | None,
         text: jax.Array,
         *,
+        stats: dict | None = None,
         train: bool = False,
         rng: jax.Array | None = None,
     ) -> tuple[jax.Array, dict]:
@@ -76,7 +82,10 @@ class PaliGemma:
         chex.assert_shape(image, (text.shape[0], None, self.image_size, self.image_size, 3))
         batch, images = image.shape[:2]
         rngs = None if rng is None else {'dropout': rng}
-        z, out = self.img.apply({'params': params['img']}, image.reshape(-1, *image.shape[2:]), train=train, rngs=rngs)
+        of_tower = None if stats is None else stats.get('img', {})
+        z, out = running_stats.apply(
+            self.img, params['img'], of_tower, image.reshape(-1, *image.shape[2:]), train=train, rngs=rngs
+        )
         if self.pooled_tokens:
             z = gemma.embed_image(self.llm, params['llm'], pool(z, self.pooled_tokens))
         patches = self.image_tokens
@@ -103,6 +112,7 @@ class PaliGemma:
         mask_ar: jax.Array,
         *,
         logits_from: int = 0,
+        stats: dict | None = None,
         train: bool = False,
         rng: jax.Array | None = None,
         attention: bool = False,
@@ -119,18 +129,20 @@ class PaliGemma:
           mask_ar: [B,T]; see `ops.masks.attention_mask`.
           logits_from: compute logits from this slot on. PaliGemma's image slots need none: the vocabulary is the widest
             matrix of all.
-          train: dropout on; then `rng` is needed if there is any.
+          stats: running statistics; None: they are among `params`, as in a bundle's weights.
+          train: dropout on (then `rng` is needed if there is any), and BatchNorm over the batch (then `stats` are).
           rng: key for the dropout.
           attention: also return every layer's attention weights.
 
         Returns:
           (logits float32 [B, T - logits_from, V], where logits[:, i] predict slot logits_from + i + 1, out). `out` has
           'decoded' [B,T,D] (before the final norm: `gemma.logits` on a gather of it gives logits at chosen slots),
-          'blocks' [L,B,T,D], the image tower's under 'img/...', and if asked 'attention' float32 [L,B,N,T,T].
+          'blocks' [L,B,T,D], the image tower's under 'img/...' (in training with a BatchNorm 'img/stats'), and if asked
+          'attention' float32 [L,B,N,T,T].
         """
         chex.assert_equal_shape([text, segment, position, mask_ar])
         rngs = (None, None) if rng is None else tuple(jax.random.split(rng))
-        x, out = self.embed(params, image, image_mask, text, train=train, rng=rngs[0])
+        x, out = self.embed(params, image, image_mask, text, stats=stats, train=train, rng=rngs[0])
         mask = masks.attention_mask(segment, mask_ar)
         llm_rngs = None if rng is None else {'dropout': rngs[1]}
         llm_params = {'params': params['llm']}
@@ -226,6 +238,7 @@ def from_config(model: config.Model, *, image_size: int, vocab_size: int) -> Pal
         image = image_towers.from_config(tower, head=decoder.sizes['width'], **shared)
         return PaliGemma(image, decoder, image_size)
     image = image_towers.from_config(tower, **shared)
+    image_towers.check_head(image, "projector 'pooled' belongs to the decoder")
     tokens = model.image_tokens or 256
     grid, side = math.isqrt(image.tokens(image_size)), math.isqrt(tokens)
     if side**2 != tokens or grid % side or not grid:

@@ -33,9 +33,10 @@ _VARIANTS = {
     'G': (1664, 48, 8192, 16),
     'G-opt': (1536, 48, 8192, 16),
     'e': (1792, 56, 15360, 16),
+    'omni_tiny': (128, 4, 512, 2),  # of the omni-modal tutorials
 }
 
-POOLS = ('map', 'gap', 'tok', 'none')
+POOLS = ('map', 'gap', 'tok', 'first', 'none')
 POSITIONS = ('learn', 'sincos2d')
 REMATS = ('none', 'full')
 
@@ -192,7 +193,8 @@ class ViT(nn.Module):
     pool='tok'), 'encoded' [B,P,D] (after the final norm) and 'pooled' (before the head).
 
     Attributes:
-      pool: 'map', 'gap' (mean), 'tok' (a class token) or 'none'.
+      pool: 'map', 'gap' (mean), 'tok' (a class token), 'first' (the first patch's token) or 'none'.
+      head_bias: whether the head has one.
       stem: 'patch' (one product per patch) or 'conv' (`stems.ConvStem`; the patch size is a power of two).
       position: 'learn' (one embedding per patch) or 'sincos2d' (fixed).
       position_init: stddev of the learned one's initial values; 0 is big_vision's 1/sqrt(width).
@@ -212,6 +214,7 @@ class ViT(nn.Module):
     position: str = 'learn'
     position_init: float = 0.0
     head: int = 0
+    head_bias: bool = True
     dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
     remat: str = 'none'
@@ -259,11 +262,11 @@ class ViT(nn.Module):
             x = MAPHead(mlp_dim, heads, self.dtype, name='MAPHead_0')(x)
         elif self.pool == 'gap':
             x = jnp.mean(x, axis=1)
-        elif self.pool == 'tok':
+        elif self.pool in ('tok', 'first'):
             x = x[:, 0]
         out['pooled'] = x
         if self.head:
-            x = nn.Dense(self.head, dtype=self.dtype, name='head')(x)
+            x = nn.Dense(self.head, use_bias=self.head_bias, dtype=self.dtype, name='head')(x)
         return x, out
 
     @nn.nowrap

@@ -43,6 +43,34 @@ def antialiased(posemb: jax.Array, new_grid: tuple[int, int]) -> jax.Array:
     return _resize(posemb, new_grid, _triangle)
 
 
+def antialiased_each(posemb: jax.Array, grids: jax.Array, length: int) -> jax.Array:
+    """`antialiased`, for every image of a batch to a grid of its own, under `jax.jit`.
+
+    Args:
+      posemb: float [S, S, D].
+      grids: int32 [B, 2], rows and columns; at least 1, and at most `length` patches in all.
+      length: N, slots of a row.
+
+    Returns:
+      [B, N, D] in the dtype of `posemb`, row by row; slots that a grid leaves over repeat the first.
+    """
+    side, slot = posemb.shape[0], jnp.arange(length)
+    rows, columns = grids[:, :1], grids[:, 1:]
+    slot = jnp.where(slot < rows * columns, slot, 0)
+
+    def weights(at, new):
+        """`_triangle`'s rows `at` [B,N] for `new` [B,1] samples: [B,N,S]."""
+        scale = side / new.astype(jnp.float32)
+        centre = (at + 0.5) * scale - 0.5
+        distance = jnp.abs(centre[..., None] - jnp.arange(side)) / jnp.maximum(scale, 1.0)[..., None]
+        near = jnp.maximum(0.0, 1.0 - distance)
+        return near / jnp.sum(near, axis=-1, keepdims=True)
+
+    both = weights(slot // columns, rows)[..., :, None] * weights(slot % columns, columns)[..., None, :]
+    resized = jnp.einsum('BNyx,yxD->BND', both, posemb.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    return resized.astype(posemb.dtype)
+
+
 RESIZES: dict[str, Callable[[jax.Array, tuple[int, int]], jax.Array]] = {
     'bilinear': bilinear,
     'bicubic': bicubic,

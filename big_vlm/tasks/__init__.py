@@ -6,6 +6,7 @@ from jax.sharding import Mesh
 
 from big_vlm import config
 from big_vlm.data.contract import Contract
+from big_vlm.models.image_towers import naflex_patch_size
 from big_vlm.tasks.contrastive import Contrastive
 from big_vlm.tasks.generative import Generative, image_tokens
 
@@ -23,3 +24,8 @@ def make(stage: config.Stage, contract: Contract, mesh: Mesh | None = None) -> T
 def image_slots(stage: config.Stage) -> int:
     """Image slots of a row of this stage's batches: 0 for a dual encoder."""
     return image_tokens(stage) if stage.task == Generative.kind else 0
+
+
+def patch_size(stage: config.Stage) -> int:
+    """Pixels of a side of NaFlex's patches; 0 where images are squares."""
+    return naflex_patch_size(stage.model, stage.contract)

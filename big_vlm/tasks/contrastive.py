@@ -20,6 +20,9 @@ LOSSES = ('sigmoid', 'softmax')
 class Contrastive:
     """Batches of `image` uint8 [B,H,W,3], `text` int32 [B,T] and `text_mask` bool [B,T] → loss, metrics, embeddings.
 
+    For a NaFlex tower (`contract.max_patches`), instead of `image`, `patches` uint8 [B,N,p·p·3], `patch_mask` bool
+    [B,N] and `patch_grid` int32 [B,2].
+
     Args:
       stage: the validated stage; its `model` section says which towers and which loss.
       contract: image size, text length and vocabulary.
@@ -47,6 +50,7 @@ class Contrastive:
             image_size=contract.image_size,
             text_length=contract.text_length,
             vocab_size=contract.vocab_size,
+            max_patches=contract.max_patches,
         )
 
     @property
@@ -56,16 +60,22 @@ class Contrastive:
 
     def init(self, rng: jax.Array) -> tuple[dict, dict]:
         """Fresh (params, stats)."""
-        return self.model.init(rng), {}
+        return self.model.init_with_stats(rng)
 
     def embed(
         self, params: dict, stats: dict, batch: dict[str, jax.Array], rng: jax.Array | None, *, train: bool = True
     ) -> tuple[jax.Array, jax.Array, dict]:
-        """(zimg float32 [B,E], ztxt float32 [B,E], stats), rows of length 1. `rng` None switches dropout off."""
-        zimg, ztxt, _ = self.model.apply(
-            params, self._image(batch), batch['text'], batch.get('text_mask'), train=train and rng is not None, rng=rng
+        """(zimg float32 [B,E], ztxt float32 [B,E], stats), rows of length 1. `rng` None switches training off."""
+        zimg, ztxt, out = self.model.apply(
+            params,
+            self._image(batch),
+            batch['text'],
+            batch.get('text_mask'),
+            stats=stats,
+            train=train and rng is not None,
+            rng=rng,
         )
-        return zimg, ztxt, stats
+        return zimg, ztxt, {'img': out['img/stats']} if 'img/stats' in out else stats
 
     def loss_from_embeddings(
         self, params: dict, zimg: jax.Array, ztxt: jax.Array
@@ -93,15 +103,24 @@ class Contrastive:
 
     @property
     def predict(self) -> dict[str, Callable[..., Any]]:
-        """Pure functions: `embed_image(params, batch)` and `embed_text(params, batch)`, each → float32 [B,E]."""
+        """Pure functions: `embed_image(weights, batch)` and `embed_text(weights, batch)`, each → float32 [B,E].
 
-        def embed_image(params, batch):
-            return self.model.apply(params, image=self._image(batch))[0]
+        Weights are parameters and, under their modules' names, running statistics.
+        """
 
-        def embed_text(params, batch):
-            return self.model.apply(params, text=batch['text'], text_mask=batch.get('text_mask'))[1]
+        def embed_image(weights, batch):
+            return self.model.apply(weights, image=self._image(batch))[0]
+
+        def embed_text(weights, batch):
+            return self.model.apply(weights, text=batch['text'], text_mask=batch.get('text_mask'))[1]
 
         return {'embed_image': embed_image, 'embed_text': embed_text}
 
     def _image(self, batch):
-        return pixels.to_model_range(batch['image'], self.contract.value_range, self.dtype)
+        count, as_the_model_reads = self.contract.max_patches, (self.contract.value_range, self.dtype)
+        if not count:
+            return pixels.to_model_range(batch['image'], *as_the_model_reads)
+        if 'patches' not in batch:
+            raise config.UserError(f'the pipeline makes no patches: add naflex({count})')
+        patches = pixels.to_model_range(batch['patches'], *as_the_model_reads)
+        return patches, batch['patch_mask'], batch['patch_grid']

@@ -53,13 +53,14 @@ class Generative:
 
     def init(self, rng: jax.Array) -> tuple[dict, dict]:
         """Fresh (params, stats)."""
-        return self.model.init(rng), {}
+        return self.model.init_with_stats(rng)
 
     def loss(
         self, params: dict, stats: dict, batch: dict[str, jax.Array], rng: jax.Array | None
     ) -> tuple[jax.Array, tuple[dict[str, jax.Array], dict]]:
         """Batch → (loss, (metrics, stats)). Metrics: the share of supervised tokens whose argmax is right."""
-        logits, targets, mask = self._supervised(params, batch, rng)
+        logits, targets, mask, out = self._supervised(params, stats, batch, rng)
+        stats = {'img': out['img/stats']} if 'img/stats' in out else stats
         loss, _ = token_loss.token_loss(logits, targets, mask, self.average)
         right = (jnp.argmax(logits, axis=-1) == targets) & (mask > 0)
         accuracy = jnp.sum(right) / jnp.maximum(jnp.sum(mask > 0), 1)
@@ -67,13 +68,13 @@ class Generative:
 
     @property
     def predict(self) -> dict[str, Callable[..., Any]]:
-        """Pure functions.
+        """Pure functions. Weights are parameters and, under their modules' names, running statistics.
 
-        decode_params(params): the weights that `prefill` and `decode_step` take, layer by layer; make them once.
+        decode_params(weights): the weights that `prefill` and `decode_step` take, layer by layer; make them once.
         prefill(decode_params, batch, cache_size) → (logits float32 [B,V] after each prompt, KVCache)
         decode_step(decode_params, cache, token int32 [B]) → (logits float32 [B,V], KVCache)
-        score(params, batch) → float32 [B], log-probability of each row's supervised tokens
-        attention(params, batch) → float32 [L,B,N,T,T], what every token attends to
+        score(weights, batch) → float32 [B], log-probability of each row's supervised tokens
+        attention(weights, batch) → float32 [L,B,N,T,T], what every token attends to
         """
 
         def prefill(params, batch, cache_size):
@@ -82,12 +83,12 @@ class Generative:
         def decode_step(params, cache, token):
             return self.model.decode_step(params, token, cache)
 
-        def score(params, batch):
-            logits, targets, mask = self._supervised(params, batch, None)
+        def score(weights, batch):
+            logits, targets, mask, _ = self._supervised(weights, None, batch, None)
             return jnp.sum(token_loss.log_prob(logits, targets) * (mask > 0), axis=-1)
 
-        def attention(params, batch):
-            return self.model.apply(params, *self._inputs(batch), attention=True)[1]['attention']
+        def attention(weights, batch):
+            return self.model.apply(weights, *self._inputs(batch), attention=True)[1]['attention']
 
         return {
             'decode_params': paligemma.unstack_layers,
@@ -97,11 +98,16 @@ class Generative:
             'attention': attention,
         }
 
-    def _supervised(self, params, batch, rng):
-        """(logits [B,t,V], targets [B,t], mask [B,t]) over the text slots; the last image slot predicts the first."""
+    def _supervised(self, params, stats, batch, rng):
+        """(logits [B,t,V], targets [B,t], mask [B,t], the model's `out`) over the text slots.
+
+        The last image slot predicts the first of them.
+        """
         first = max(self.contract.image_tokens - 1, 0)
-        logits, _ = self.model.apply(params, *self._inputs(batch), logits_from=first, train=rng is not None, rng=rng)
-        return logits[:, :-1], batch['text'][:, first + 1 :], batch['mask_loss'][:, first + 1 :]
+        logits, out = self.model.apply(
+            params, *self._inputs(batch), logits_from=first, stats=stats, train=rng is not None, rng=rng
+        )
+        return logits[:, :-1], batch['text'][:, first + 1 :], batch['mask_loss'][:, first + 1 :], out
 
     def _inputs(self, batch):
         image = pixels.to_model_range(batch['image'], self.contract.value_range, self.dtype)

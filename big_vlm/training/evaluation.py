@@ -57,7 +57,7 @@ def check(stage: Stage, where: str) -> None:
         if settings.kind == 'zero_shot':
             zero_shot.check(settings.templates, settings.classes, where=f'{place}.')
         key = f'{place}.pipeline'
-        transforms.parse(settings.pipeline, where=key).check_size(stage.contract.image_size, where=key)
+        transforms.parse(settings.pipeline, where=key).check_size(stage.contract, where=key)
         sources.check(settings.dataset, settings.split, stage.data.data_dir, where=place)
         if settings.kind == 'generation':
             for metric in settings.metrics:
@@ -158,7 +158,8 @@ class Evaluator:
 
     def _embed(self, name: str, params: Any, batch: dict[str, np.ndarray]) -> np.ndarray:
         run = self._once(name, lambda: jax.jit(self.task.predict[name]))
-        arrays = {key: batch[key] for key in ('image', 'text', 'text_mask') if key in batch}
+        names = ('image', 'patches', 'patch_mask', 'patch_grid', 'text', 'text_mask')
+        arrays = {key: batch[key] for key in names if key in batch}
         return _on_host(run(params, self._put(arrays)))
 
     def _embed_texts(self, params: Any, texts: list[str]) -> np.ndarray:

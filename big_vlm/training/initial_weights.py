@@ -33,7 +33,7 @@ def check(stages: Mapping[str, Stage], shapes: Mapping[str, Any], name: str, whe
 
     Args:
       stages: validated.
-      shapes: stage → its parameters' shapes, of this stage and the earlier ones.
+      shapes: stage → its weights' shapes, of this stage and the earlier ones.
       name, where: the stage's, and its dotted key.
 
     Raises:
@@ -129,7 +129,9 @@ def _check_stage_tokenizer(given: str, theirs: str, where: str) -> None:
 
 
 def make(init: InitFrom, bundles: Mapping[str, pathlib.Path], where: str) -> Callable[[Any], Any] | None:
-    """A function from fresh parameters to the first ones, placed alike; None where everything starts fresh.
+    """A function from fresh weights to the first ones, placed alike; None where everything starts fresh.
+
+    Weights are parameters and, under their modules' names, running statistics.
 
     Args:
       init: the section.
@@ -234,8 +236,9 @@ def _resized(init: Weights, ours: str, wanted: Mapping[str, Any], stored: Mappin
     position = _position(ours)
     if not (init.resize_position and position in wanted and position in stored):
         return False
-    (*_, slots, width), (*_, before, width_before) = wanted[position].shape, stored[position].shape
-    return slots != before and width == width_before
+    (one, slots, width), (also_one, before, width_before) = wanted[position].shape, stored[position].shape
+    # NaFlex's has two axes of slots, and is resized in every image.
+    return one == also_one == 1 and slots != before and width == width_before
 
 
 def _position(ours: str) -> str:

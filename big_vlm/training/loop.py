@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from big_vlm.checkpoints import Checkpointer
+from big_vlm.checkpoints import Checkpointer, trees
 from big_vlm.config import Stage, UserError
 from big_vlm.sharding import mesh as meshes
 from big_vlm.training import accumulation, optimizer, schedules, signals, throughput
@@ -81,7 +81,8 @@ def train(
       examples_per_epoch: for durations in epochs.
       evaluate: (name in `stage.evals`, step, state) → metrics; called when due, before the state is saved. A step that
         was evaluated before the checkpoint is not evaluated again on restart.
-      initial_params: fresh parameters → those to start from, placed alike. Not called when a checkpoint is there.
+      initial_params: fresh parameters and running statistics → those to start from, placed alike. Not called when a
+        checkpoint is there.
       overwritten: paths of the parameters that `initial_params` makes no use of; they reach it as zeros.
       extra: goes into every checkpoint and must be found unchanged in the one that the run goes on from.
       where: the stage's dotted key, for errors.
@@ -165,9 +166,10 @@ def _start(
         return state, int(state.step) if stored[EVALUATED] else None, stored[REPLACED]
     state = steps.init_state(task, tx, mesh, stage.seed, ema=ema, zeros=overwritten)
     if initial_params is not None:
-        params = initial_params(state.params)
+        weights = trees.flat(initial_params(trees.merged(state.params, state.stats)))
+        params, stats = (trees.like(part, weights) for part in (state.params, state.stats))
         averages = jax.tree.map(jax.numpy.copy, params) if ema else None
-        state = TrainState(state.step, params, state.stats, state.opt_state, averages)
+        state = TrainState(state.step, params, stats, state.opt_state, averages)
     return state, None, 0
 
 

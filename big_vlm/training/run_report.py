@@ -16,7 +16,7 @@ from PIL import Image
 from big_vlm import bundle, config
 from big_vlm.bundle import Bundle
 from big_vlm.config import Eval, Stage
-from big_vlm.data import coordinates, prompts
+from big_vlm.data import coordinates, naflex, prompts
 from big_vlm.evaluators import generation
 from big_vlm.reports import report, writers
 from big_vlm.sharding import mesh as meshes
@@ -81,10 +81,15 @@ def _examples(model: Bundle, stage: Stage, settings: Eval, count: int) -> list[t
     """
     mesh = meshes.make_mesh(data=1, devices=jax.local_devices()[:1])
     batches = Evaluator(stage, model.task, model.contract, model.tokenizer, mesh).batches(settings, count)
-    pairs = (
-        (image, record) for batch, records in batches for image, record in zip(batch['image'], records, strict=False)
-    )
-    return [(image[0] if image.ndim == 4 else image, record) for image, record in itertools.islice(pairs, count)]
+    pairs = ((_picture(batch, i), record) for batch, records in batches for i, record in enumerate(records))
+    return list(itertools.islice(pairs, count))
+
+
+def _picture(batch: dict[str, np.ndarray], i: int) -> np.ndarray:
+    if 'patches' in batch:
+        return naflex.picture(batch['patches'][i], batch['patch_grid'][i])
+    image = batch['image'][i]
+    return image[0] if image.ndim == 4 else image
 
 
 def _similarity(model: Bundle, stage: Stage) -> report.Similarity | None:

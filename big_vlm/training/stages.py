@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from big_vlm import bundle, config, tasks
+from big_vlm.checkpoints import trees
 from big_vlm.config import Stage, UserError
 from big_vlm.data import loader, sources, transforms
 from big_vlm.data.contract import Contract
@@ -31,6 +32,7 @@ from big_vlm.reports import writers
 from big_vlm.sharding import mesh as meshes
 from big_vlm.training import accumulation, evaluation, initial_weights, loop, optimizer
 from big_vlm.training import step as steps
+from big_vlm.training.state import TrainState
 
 _SCORES = 'evals.json'
 # What may change between two runs in one workdir: where it runs, what is logged, kept and evaluated.
@@ -51,19 +53,21 @@ def check(stages: Mapping[str, Stage]) -> None:
         for key, source in stage.data.sources.items():
             place = f'{where}.data.sources.{key}'
             pipeline = transforms.parse(source.pipeline, where=f'{place}.pipeline')
-            pipeline.check_size(stage.contract.image_size, where=f'{place}.pipeline')
+            pipeline.check_size(stage.contract, where=f'{place}.pipeline')
             sources.check(source.dataset, source.split, stage.data.data_dir, where=place)
         evaluation.check(stage, where)
         with config.located(where):
             mesh = _mesh(stage)
             accumulation.check(mesh, stage.batch_size, stage.accumulate)
-            shapes[name] = steps.param_shapes(tasks.make(stage, _draft_contract(stage, vocab_sizes[name]), mesh))
+            task = tasks.make(stage, _draft_contract(stage, vocab_sizes[name]), mesh)
+            params, stats = steps.init_shapes(task)
+            shapes[name] = trees.merged(params, stats)
         # How long an epoch is shows only in the data.
         epochs = bool(stage.total.epochs)
         optimizer.make(
             stage.optimizer,
             2**30 if epochs else loop.total_steps(stage, where=where),
-            shapes[name],
+            params,
             batch_size=stage.batch_size,
             examples_per_epoch=1,
             where=f'{where}.optimizer',
@@ -145,8 +149,8 @@ def run_stage(
     wait('stage folder')
     examples = loader.num_examples(stage.data)
     total = loop.total_steps(stage, examples, where)
-    shapes = steps.param_shapes(task)
-    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    params, stats = steps.init_shapes(task)
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
     say(
         f'{name}: {stage.task}, {count:,} parameters, {total:,} steps of {stage.batch_size} examples on '
         f'{mesh.size} {jax.devices()[0].platform} device{"s" if mesh.size > 1 else ""}'
@@ -159,7 +163,7 @@ def run_stage(
     evaluator = evaluation.Evaluator(stage, task, contract, tokenizer, mesh, folder)
 
     def evaluate(which: str, step: int, state: Any) -> dict[str, float]:
-        scores = _evaluate(evaluator, which, state.params if state.ema is None else state.ema, folder, where)
+        scores = _evaluate(evaluator, which, trees.merged(_trained(state), state.stats), folder, where)
         return {f'{which}/{metric}': entry['score'] for metric, entry in scores.items()}
 
     writer = writers.MultiWriter(
@@ -184,15 +188,20 @@ def run_stage(
             examples_per_epoch=examples,
             evaluate=evaluate,
             initial_params=initial_weights.make(stage.init_from, bundles, where),
-            overwritten=initial_weights.overwritten(stage.init_from, bundles, shapes, where),
+            overwritten=initial_weights.overwritten(stage.init_from, bundles, trees.merged(params, stats), where),
             extra={'contract': contract.to_dict()},
             where=where,
         )
     finally:
         writer.close()
-    params = state.params if state.ema is None else state.ema
-    bundle.save(folder / 'bundle', params, stage, contract, tokenizer, scores=_scores(folder))
+    of_run = dict(stats=state.stats, scores=_scores(folder))
+    bundle.save(folder / 'bundle', _trained(state), stage, contract, tokenizer, **of_run)
     say(f'{name}: done in {(time.time() - began) / 60:.1f} min, {folder / "bundle"}')
+
+
+def _trained(state: TrainState) -> Any:
+    """The parameters to evaluate and keep."""
+    return state.params if state.ema is None else state.ema
 
 
 def _evaluate(
@@ -223,7 +232,8 @@ def _evaluate_what_is_new(stage: Stage, folder: pathlib.Path, path: pathlib.Path
 
 def make_contract(stage: Stage, tokenizer: Tokenizer) -> Contract:
     """The contract of a stage's model and tokenizer."""
-    return Contract.make(stage.contract, tokenizer, tasks.image_slots(stage), stage.model.decoder.final_softcap)
+    softcap, patch_size = stage.model.decoder.final_softcap, tasks.patch_size(stage)
+    return Contract.make(stage.contract, tokenizer, tasks.image_slots(stage), softcap, patch_size)
 
 
 def _draft_contract(stage: Stage, vocab_size: int) -> Contract:

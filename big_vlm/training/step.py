@@ -25,9 +25,14 @@ class Task(Protocol):
     def loss(self, params: Any, stats: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, tuple[dict, Any]]: ...
 
 
+def init_shapes(task: Task) -> tuple[Any, Any]:
+    """Shapes and dtypes of (params, stats), without making them."""
+    return jax.eval_shape(task.init, jax.random.key(0))
+
+
 def param_shapes(task: Task) -> Any:
-    """The parameters' shapes and dtypes, without making them."""
-    return jax.eval_shape(task.init, jax.random.key(0))[0]
+    """Those of the parameters alone."""
+    return init_shapes(task)[0]
 
 
 def abstract_state(task: Task, tx: optax.GradientTransformation, mesh: Mesh, *, ema: bool = False) -> TrainState:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from big_vlm.checkpoints import Checkpointer, load_weights, save_weights, weight_shapes
+from big_vlm.checkpoints import Checkpointer, load_weights, save_weights, trees, weight_shapes
 from big_vlm.config import UserError
 
 PARAMS = {
@@ -15,17 +15,19 @@ PARAMS = {
     'llm': {'w': np.arange(4).astype(ml_dtypes.bfloat16)},
     't': np.float32([2.5]),
 }
+STATS = {'img': {'norm': {'mean': np.float32([3, 4])}}}
+WEIGHTS = trees.merged(PARAMS, STATS)
 
 
 @pytest.fixture(params=['weights', 'bundle', 'step', 'checkpoints'])
 def folder(request, tmp_path):
     if request.param in ('weights', 'bundle'):
-        save_weights(tmp_path / 'b' / 'weights', PARAMS)
+        save_weights(tmp_path / 'b' / 'weights', WEIGHTS)
         return tmp_path / 'b' / ('weights' if request.param == 'weights' else '')
     with Checkpointer(tmp_path / 'c', keep=9) as checkpointer:
         for step in (9, 10):
             params = jax.tree.map(lambda x, step=step: jnp.asarray(x if step == 10 else x * 0), PARAMS)
-            checkpointer.save(step, {'params': params, 'step': jnp.int32(step)})
+            checkpointer.save(step, {'params': params, 'stats': STATS, 'step': jnp.int32(step)})
     return tmp_path / 'c' / ('10' if request.param == 'step' else '')
 
 
@@ -38,7 +40,7 @@ def test_everything_as_numpy(folder, caplog):
     caplog.clear()
     weights = load_weights(folder)
     assert not caplog.records, 'Orbax has nothing to warn of'
-    same(weights, PARAMS)
+    same(weights, WEIGHTS)
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(weights))
     assert weights['llm']['w'].dtype == jnp.bfloat16
     assert weight_shapes(folder)['img']['head']['kernel'] == jax.ShapeDtypeStruct((8, 2), jnp.float32)
@@ -52,6 +54,7 @@ def test_a_part_cast_and_sharded(folder):
     assert kernel.sharding == sharding
     assert kernel.dtype == jnp.bfloat16
     np.testing.assert_array_equal(kernel, PARAMS['img']['head']['kernel'].astype(ml_dtypes.bfloat16))
+    same(load_weights(folder, part='img'), WEIGHTS['img'])
 
 
 def test_less_may_be_wanted_than_is_stored_not_more(folder):

@@ -186,6 +186,16 @@ def test_big_visions_paligemma_2_has_no_window(tmp_path):
     assert pretrained.from_shapes(LazyWeights(shapes, None, 'here')).model.decoder.window == 8192
 
 
+def test_a_projector_without_bias_has_no_place_in_transformers(tmp_path):
+    weights = interop.read(GOLDENS / 'paligemma').weights
+    bare = weights.renamed({name: name for name in weights.shapes if name != 'img/head/bias'})
+    big_vision.write(tmp_path / 'x.npz', bare)
+    model = interop.read(tmp_path / 'x.npz')
+    assert not model.model.image.head_bias
+    with pytest.raises(UserError, match=r'model\.image\.head_bias is False, .* write an \.npz instead'):
+        hugging_face.write(tmp_path / 'folder', model)
+
+
 @pytest.mark.parametrize(
     ('decoder', 'sections', 'message'),
     [

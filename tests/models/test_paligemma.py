@@ -213,10 +213,10 @@ def test_pool_by_hand():
     np.testing.assert_array_equal(paligemma.pool(patches, 16), patches)
 
 
-def projecting(projector, **fields):
+def projecting(projector, head_bias=True, **fields):
     """A model of 16 px images, 4x4 patches, as a config makes it."""
     section = config.Model(
-        image=config.ImageTower(variant='mu/4', width=12, mlp_dim=16, depth=1),
+        image=config.ImageTower(variant='mu/4', width=12, mlp_dim=16, depth=1, head_bias=head_bias),
         decoder=config.Decoder('gemma3_4b', width=D, depth=6, mlp_dim=16, num_heads=2, num_kv_heads=1, head_dim=4),
         projector=projector,
         **fields,
@@ -277,3 +277,10 @@ def test_a_grid_that_does_not_average_down_is_refused(image_tokens):
         projecting('pooled', image_tokens=image_tokens)
     with pytest.raises(config.UserError, match="image_tokens 4: projector 'linear' does not average"):
         projecting('linear', image_tokens=4)
+
+
+def test_a_bias_that_no_head_has_is_refused():
+    with pytest.raises(config.UserError, match="head_bias=False: there is no head, projector 'pooled'"):
+        projecting('pooled', head_bias=False, image_tokens=4)
+    bare = jax.eval_shape(projecting('cls', head_bias=False).init, jax.random.key(0))
+    assert set(bare['img']['head']) == {'kernel'}

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hugging_face_weights import decoder, dense, encoder, image_tower, map_head, weights
+from hugging_face_weights import decoder, dense, encoder, image_tower, image_tower_of_patches, map_head, weights
 
-from big_vlm.models import gemma, paligemma, text_towers, two_towers, vit
+from big_vlm.data import naflex
+from big_vlm.data.contract import Contract
+from big_vlm.models import gemma, naflex_vit, paligemma, text_towers, two_towers, vit
 from tools.make_goldens import randomize
 
 torch = pytest.importorskip('torch')
@@ -73,6 +75,64 @@ def test_siglip(embed_dim):
         close(ours_out['txt/blocks'][i], text_out.hidden_states[i + 1])
     close(ours_out['img/encoded'], image_out.last_hidden_state)
     close(ours_out['txt/encoded'], text_out.last_hidden_state)
+    close(zimg, out.image_embeds)
+    close(ztxt, out.text_embeds)
+    close(zimg @ ztxt.T * jnp.exp(params['t']) + params['b'], out.logits_per_image)
+
+
+def test_siglip2_naflex():
+    """Pictures of several shapes and numbers of patches, through both preprocessings and both models."""
+    from transformers.models.siglip2 import image_processing_pil_siglip2
+
+    text_config = ENCODER | dict(vocab_size=60, max_position_embeddings=7, bos_token_id=None, eos_token_id=1)
+    vision = ENCODER | dict(patch_size=PATCH, num_patches=256)
+    theirs = transformers.Siglip2Model(transformers.Siglip2Config(text_config=text_config, vision_config=vision))
+    theirs, rng = randomize(theirs), np.random.default_rng(1)
+    sd = weights(theirs)
+    image = image_tower_of_patches(sd, 'vision_model', theirs.config.vision_config)
+    params = {
+        'img': image | {'MAPHead_0': map_head(sd, 'vision_model.head', theirs.config.vision_config)},
+        'txt': {
+            'Embed_0': {'embedding': sd['text_model.embeddings.token_embedding.weight']},
+            'pos_embedding': sd['text_model.embeddings.position_embedding.weight'][None],
+            'Encoder_0': encoder(sd, 'text_model.encoder', 'text_model.final_layer_norm', theirs.config.text_config),
+            'head': dense(sd, 'text_model.head'),
+        },
+        't': sd['logit_scale'],
+        'b': sd['logit_bias'],
+    }
+    count = 20
+    text_tower = text_towers.TextTransformer(60, 'mu', embed_dim=D, **OURS)
+    tower = naflex_vit.NaFlexViT(f'mu/{PATCH}', **OURS)
+    ours = two_towers.TwoTowers(tower, text_tower, image_size=14, text_length=7, max_patches=count)
+    same_structure(params, ours.init)
+    settings = dict(max_patches=count, patch_size=PATCH)
+    contract = Contract(224, 'bilinear', True, (-1.0, 1.0), 7, True, True, '\n', (), 0, 60, 0, 2, 1, '', **settings)
+    shapes = [(40, 30), (16, 90), (90, 16), (11, 11), (6, 200)]
+    pictures = [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in shapes]
+    made = [naflex.rows(picture, contract) for picture in pictures]
+    patches, mask, grid = (np.stack([row[name] for row in made]) for name in ('patches', 'patch_mask', 'patch_grid'))
+    patches = (patches / 127.5 - 1).astype(np.float32)
+    processor = image_processing_pil_siglip2.Siglip2ImageProcessorPil(patch_size=PATCH, max_num_patches=count)
+    processed = processor(pictures, return_tensors='np')
+    np.testing.assert_array_equal(processed['spatial_shapes'], grid)
+    np.testing.assert_array_equal(processed['pixel_attention_mask'], mask)
+    np.testing.assert_allclose(processed['pixel_values'][mask], patches[mask], atol=1e-6)
+    text = rng.integers(2, 60, (5, 7))
+    inputs = dict(
+        pixel_values=torch.tensor(patches), pixel_attention_mask=torch.tensor(mask), spatial_shapes=torch.tensor(grid)
+    )
+    with torch.no_grad():
+        out = theirs(input_ids=torch.tensor(text), **inputs)
+        image_out = theirs.vision_model(**inputs, output_hidden_states=True)
+        text_out = theirs.text_model(torch.tensor(text), output_hidden_states=True)
+    zimg, ztxt, ours_out = jax.jit(ours.apply)(params, (patches, mask, grid), text.astype(np.int32))
+    close(ours_out['img/stem'], theirs.vision_model.embeddings.patch_embedding(torch.tensor(patches)))
+    for i in range(LAYERS):
+        close(np.asarray(ours_out['img/blocks'][i])[mask], image_out.hidden_states[i + 1][torch.tensor(mask)])
+        close(ours_out['txt/blocks'][i], text_out.hidden_states[i + 1])
+    close(np.asarray(ours_out['img/encoded'])[mask], image_out.last_hidden_state[torch.tensor(mask)])
+    close(ours_out['img/pooled'], image_out.pooler_output)
     close(zimg, out.image_embeds)
     close(ztxt, out.text_embeds)
     close(zimg @ ztxt.T * jnp.exp(params['t']) + params['b'], out.logits_per_image)

@@ -29,6 +29,11 @@ def siglip(variant, image_size, text_length, vocab_size=32_000):
     return two_towers.TwoTowers(vit.ViT(variant), text, image_size, text_length)
 
 
+def naflex(name):
+    section = config.Model(image=config.ImageTower(f'{name}/16'), text=config.TextTower(variant=name))
+    return two_towers.from_config(section, image_size=224, text_length=64, vocab_size=256_000, max_patches=256)
+
+
 def pali(decoder, image_size):
     """PaliGemma 1 or 2."""
     llm = gemma.Gemma(variant=decoder)
@@ -155,6 +160,8 @@ PUBLISHED = {
     'google/siglip-so400m-patch14-384': (siglip('So400m/14', 384, 64), 877_960_498),
     'google/siglip2-base-patch16-224': (siglip('B/16', 224, 64, 256_000), 375_187_970),
     'google/siglip2-giant-opt-patch16-256': (siglip('g-opt/16', 256, 64, 256_000), 1_871_393_906),
+    'google/siglip2-base-patch16-naflex': (naflex('B'), 375_234_050),
+    'google/siglip2-so400m-patch16-naflex': (naflex('So400m'), 1_135_670_962),
     'google/gemma-2b': (text_decoder('gemma_2b', 256_000), 2_506_172_416),
     'google/gemma-7b': (text_decoder('gemma_7b', 256_000), 8_537_680_896),
     'google/gemma-2-2b': (text_decoder('gemma2_2b', 256_000), 2_614_341_888),
@@ -192,6 +199,24 @@ def test_the_documented_table_is_this_one():
     assert dict(documented) == {name: f'{parameters:,}' for name, (_, parameters) in PUBLISHED.items()}
     variants = set(re.findall(r'`(gemma\d?_\w+)`', page))
     assert variants == set(gemma_variants.VARIANTS)
+
+
+def test_the_tutorials_tower_and_the_count_that_is_quoted():
+    section = config.Model(
+        image=config.ImageTower('omni_tiny/16', pool='tok', dropout=0.1, head_bias=False),
+        text=config.TextTower('bag', 'mu', pool='mean'),
+        embed_dim=256,
+    )
+    towers = two_towers.from_config(section, image_size=224, text_length=8, vocab_size=10)
+    found = {name: math.prod(shape) for name, shape in shapes(towers.init).items() if name.startswith('img/')}
+    assert (sum(found.values()), found['img/head/kernel']) == (949_760, 128 * 256)
+    norms = sum(size for name, size in found.items() if 'LayerNorm' in name or 'encoder_norm' in name) // 2
+    attention = sum(size for name, size in found.items() if 'Attention' in name and name.endswith('bias'))
+    assert (norms, attention) == (1_152, 2_048)
+    assert 949_760 - 128 * 256 - norms - attention + 128 == 913_920
+    assert not {'949,760', '913,920', '1,152', '2,048', '32,768'} - set(
+        re.findall(r'[\d,]*\d', (Path(__file__).parents[2] / 'docs/models.md').read_text())
+    )
 
 
 def matmul_flops(jaxpr):

@@ -1,5 +1,7 @@
 """BiT's ResNet against float64 loops, its published sizes, and what a config may say of it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from big_vlm import config
 from big_vlm.checkpoints import trees
 from big_vlm.config import UserError
-from big_vlm.models import image_towers, paligemma, resnet, two_towers, vit
+from big_vlm.models import image_towers, paligemma, resnet, running_stats, two_towers, vit
 from big_vlm.sharding import mesh as meshes
 
 TINY = resnet.ResNet('R26', width=2, head=5)
@@ -27,9 +29,12 @@ def run(tower, params, image=IMAGE):
     return jax.jit(lambda params, image: tower.apply({'params': params}, image))(params, image)
 
 
-def conv(p, x, stride):
-    w = p['kernel']
-    w = (w - w.mean((0, 1, 2))) / np.sqrt(w.var((0, 1, 2)) + 1e-10)
+def standardised(w):
+    return (w - w.mean((0, 1, 2))) / np.sqrt(w.var((0, 1, 2)) + 1e-10)
+
+
+def conv(p, x, stride, kernel=standardised):
+    w = kernel(p['kernel'])
     size, pad = len(w), len(w) // 2
     x = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     rows, columns = ((n - size) // stride + 1 for n in x.shape[1:3])
@@ -51,22 +56,23 @@ def group_norm(p, x):
     return out * p['scale'] + p['bias']
 
 
-def unit(p, x, width, stride):
-    y = np.maximum(group_norm(p['gn1'], x), 0)
+def unit(p, x, width, stride, norm=group_norm, conv=conv, gn='gn'):
+    y = np.maximum(norm(p[f'{gn}1'], x), 0)
     shortcut = conv(p['conv_proj'], y, stride) if 'conv_proj' in p else x
-    y = np.maximum(group_norm(p['gn2'], conv(p['conv1'], y, 1)), 0)
-    y = np.maximum(group_norm(p['gn3'], conv(p['conv2'], y, stride)), 0)
+    y = np.maximum(norm(p[f'{gn}2'], conv(p['conv1'], y, 1)), 0)
+    y = np.maximum(norm(p[f'{gn}3'], conv(p['conv2'], y, stride)), 0)
     assert y.shape[-1] == width
     return shortcut + conv(p['conv3'], y, 1)
 
 
-def features(p, image):
+def features(p, image, norm=group_norm, conv=conv, gn='gn'):
     x = np.pad(conv(p['root_block']['conv_root'], image, 2), ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
     x = np.max([x[:, i : i + 20 : 2, j : j + 20 : 2] for i in range(3) for j in range(3)], axis=0)
     for block in range(4):
         for i in range(2):
-            x = unit(p[f'block{block + 1}'][f'unit{i + 1:02d}'], x, 2 << block, 2 if block and i == 0 else 1)
-    return np.maximum(group_norm(p['norm-pre-head'], x), 0)
+            stride = 2 if block and i == 0 else 1
+            x = unit(p[f'block{block + 1}'][f'unit{i + 1:02d}'], x, 2 << block, stride, norm, conv, gn)
+    return np.maximum(norm(p['norm-pre-head'], x), 0)
 
 
 def test_against_loops():
@@ -131,6 +137,37 @@ def test_eight_devices_are_one():
     np.testing.assert_allclose(run(TINY, params, sharded)[0], run(TINY, params, images)[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize('train', [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_batch_norm_against_loops(train):
+    """On eight devices, one image each: training normalises over all of them, and moves the running statistics."""
+    tower = TINY.clone(norm='batch', head=0)
+    images = np.concatenate([IMAGE + i / 5 for i in range(4)])
+    shapes = jax.eval_shape(tower.init, jax.random.key(0), images)
+    rng = np.random.default_rng(0)
+    params, stats = (
+        jax.tree.map(lambda p: (0.5 + 0.1 * rng.normal(size=p.shape)).astype(np.float32), shapes[collection])
+        for collection in ('params', 'batch_stats')
+    )
+    weights = jax.tree.map(lambda x: np.asarray(x, np.float64), trees.merged(params, stats))
+
+    def batch_norm(p, x):
+        mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+        before = p['mean'], p['var']
+        p |= {'mean': 0.9 * p['mean'] + 0.1 * mean, 'var': 0.9 * p['var'] + 0.1 * var}
+        mean, var = (mean, var) if train else before
+        return (x - mean) / np.sqrt(var + 1e-5) * p['scale'] + p['bias']
+
+    plain = functools.partial(conv, kernel=lambda w: w)
+    expected = features(weights, images.astype(np.float64), batch_norm, plain, 'bn').mean((1, 2))
+    run = jax.jit(functools.partial(running_stats.apply, tower, train=train, rngs=None))
+    sharded = jax.device_put(images, NamedSharding(meshes.make_mesh(), P(('data', 'fsdp'))))
+    z, out = run(params, stats, sharded)
+    np.testing.assert_allclose(z, expected, rtol=1e-3, atol=1e-3)
+    assert ('stats' in out) is train
+    for path, value in trees.flat(out.get('stats', {})).items():
+        np.testing.assert_allclose(value, trees.flat(weights)[path], rtol=1e-3, atol=1e-3, err_msg=path)
+
+
 def section(**image):
     return config.Model(
         image=config.ImageTower(**image),
@@ -163,11 +200,12 @@ def test_as_an_image_tower():
     [
         (dict(variant='R51'), "unknown ResNet variant 'R51'"),
         (dict(variant='R50', pool='map'), "image tower 'R50': pool 'map' is a transformer's"),
+        (dict(variant='B/16', norm='batch'), "model.image.norm='batch': 'B/16', a transformer, has LayerNorm"),
         (dict(variant='R50', pool='gap', depth=3), "model.image.depth=3: 'R50', a ResNet, has none"),
         (dict(variant='R50', pool='gap', position='sincos2d'), "model.image.position='sincos2d'"),
     ],
 )
-def test_what_a_resnet_does_not_have(image, message):
+def test_what_a_tower_does_not_have(image, message):
     with pytest.raises(UserError, match=message):
         image_towers.from_config(config.ImageTower(**image), dtype=jnp.float32, remat='none', scan=True)
 

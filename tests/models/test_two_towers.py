@@ -223,6 +223,9 @@ def test_from_config_refuses_what_cannot_be():
     bad = config.Model(image=config.ImageTower(variant='mu/4', pool='none'))
     with pytest.raises(config.UserError, match='needs a pool'):
         two_towers.from_config(bad, image_size=8, text_length=6, vocab_size=30)
+    bad = config.Model(image=config.ImageTower(variant='mu/4', head_bias=False), text=config.TextTower(variant='mu'))
+    with pytest.raises(config.UserError, match='head_bias=False: there is no head, .* as wide as the joint space, 32'):
+        two_towers.from_config(bad, image_size=8, text_length=6, vocab_size=30)
     bad = config.Model(image=config.ImageTower(variant='mu/4'), text=config.TextTower(variant='B/16'))
     with pytest.raises(config.UserError, match='no patch size'):
         two_towers.from_config(bad, image_size=8, text_length=6, vocab_size=30)

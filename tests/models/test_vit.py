@@ -99,7 +99,7 @@ def test_scan_unrolled_and_remat_agree_in_value_and_gradient():
 
 def test_pools_by_their_definition():
     x = image()
-    for pool in ('none', 'gap', 'tok', 'map'):
+    for pool in vit.POOLS:
         model = vit.ViT(**TINY, pool=pool)
         params = random_params(model)
         z, out = apply(model, params, x)
@@ -108,9 +108,19 @@ def test_pools_by_their_definition():
             np.testing.assert_array_equal(z, out['encoded'])
         if pool == 'gap':
             np.testing.assert_allclose(z, out['encoded'].mean(1), atol=1e-6)
+        if pool == 'first':
+            np.testing.assert_array_equal(z, out['encoded'][:, 0])
         if pool == 'tok':
             # The class token is no patch: it is not among the encoded ones.
             assert np.abs(out['encoded'] - z[:, None]).max(-1).min() > 1e-3
+
+
+def test_a_head_without_bias():
+    model = vit.ViT(**TINY, pool='gap', head=5, head_bias=False)
+    params = random_params(model)
+    assert set(random_params(model.clone(head_bias=True))['head']) == {'kernel', 'bias'}
+    z, out = apply(model, params, image())
+    np.testing.assert_allclose(z, out['pooled'] @ params['head']['kernel'], atol=1e-5)
 
 
 def test_the_last_block_before_the_final_norm_is_the_encoder_output():

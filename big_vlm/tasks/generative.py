@@ -59,11 +59,17 @@ class Generative:
         self, params: dict, stats: dict, batch: dict[str, jax.Array], rng: jax.Array | None
     ) -> tuple[jax.Array, tuple[dict[str, jax.Array], dict]]:
         """Batch → (loss, (metrics, stats)). Metrics: the share of supervised tokens whose argmax is right."""
-        logits, targets, mask = self._supervised(params, batch, rng)
+        loss, metrics = self.loss_from_logits(*self.supervised(params, batch, rng))
+        return loss, (metrics, stats)
+
+    def loss_from_logits(
+        self, logits: jax.Array, targets: jax.Array, mask: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """(loss, metrics) of what `supervised` gives; apart from it so that its memory can be told."""
         loss, _ = token_loss.token_loss(logits, targets, mask, self.average)
         right = (jnp.argmax(logits, axis=-1) == targets) & (mask > 0)
         accuracy = jnp.sum(right) / jnp.maximum(jnp.sum(mask > 0), 1)
-        return loss, ({'token_accuracy': accuracy.astype(jnp.float32)}, stats)
+        return loss, {'token_accuracy': accuracy.astype(jnp.float32)}
 
     @property
     def predict(self) -> dict[str, Callable[..., Any]]:
@@ -83,7 +89,7 @@ class Generative:
             return self.model.decode_step(params, token, cache)
 
         def score(params, batch):
-            logits, targets, mask = self._supervised(params, batch, None)
+            logits, targets, mask = self.supervised(params, batch, None)
             return jnp.sum(token_loss.log_prob(logits, targets) * (mask > 0), axis=-1)
 
         def attention(params, batch):
@@ -97,8 +103,13 @@ class Generative:
             'attention': attention,
         }
 
-    def _supervised(self, params, batch, rng):
-        """(logits [B,t,V], targets [B,t], mask [B,t]) over the text slots; the last image slot predicts the first."""
+    def supervised(
+        self, params: dict, batch: dict[str, jax.Array], rng: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(logits float32 [B,t,V], targets int32 [B,t], mask [B,t]) over the text slots.
+
+        The last image slot predicts the first.
+        """
         first = max(self.contract.image_tokens - 1, 0)
         logits, _ = self.model.apply(params, *self._inputs(batch), logits_from=first, train=rng is not None, rng=rng)
         return logits[:, :-1], batch['text'][:, first + 1 :], batch['mask_loss'][:, first + 1 :]

@@ -57,7 +57,7 @@ def check(stages: Mapping[str, Stage]) -> None:
         with config.located(where):
             mesh = _mesh(stage)
             accumulation.check(mesh, stage.batch_size, stage.accumulate)
-            shapes[name] = steps.param_shapes(tasks.make(stage, _draft_contract(stage, vocab_sizes[name]), mesh))
+            shapes[name] = steps.param_shapes(tasks.make(stage, draft_contract(stage, vocab_sizes[name]), mesh))
         # How long an epoch is shows only in the data.
         epochs = bool(stage.total.epochs)
         optimizer.make(
@@ -226,8 +226,8 @@ def make_contract(stage: Stage, tokenizer: Tokenizer) -> Contract:
     return Contract.make(stage.contract, tokenizer, tasks.image_slots(stage), stage.model.decoder.final_softcap)
 
 
-def _draft_contract(stage: Stage, vocab_size: int) -> Contract:
-    """As far as it is known before there is a tokenizer: enough to know every parameter's name."""
+def draft_contract(stage: Stage, vocab_size: int) -> Contract:
+    """As far as it is known before there is a tokenizer: enough to know the shapes of every parameter and batch."""
     settings = {f.name: getattr(stage.contract, f.name) for f in dataclasses.fields(stage.contract)}
     ids = dict(separator_ids=(), pad_id=0, bos_id=0, eos_id=0, tokenizer_sha256='')
     return Contract(**settings, **ids, image_tokens=tasks.image_slots(stage), vocab_size=vocab_size)

@@ -141,8 +141,9 @@ def advice(report: Report, stage: Stage, mesh: Mesh) -> str:
     needs = f'{report.total / 2**30:.2f} GiB' if report.total else 'more memory'
     line = f'batch_size={report.batch_size} needs {needs} of the {report.limit / 2**30:.2f} GiB that a device has'
     changes = []
-    if report.constant > report.limit / 4 and mesh.shape['fsdp'] < mesh.size:
-        changes.append(f'mesh.fsdp={mesh.size}')
+    fsdp = mesh.size // mesh.shape['model']
+    if report.constant > report.limit / 4 and mesh.shape['fsdp'] < fsdp:
+        changes.append(f'mesh.fsdp={fsdp}')
     if report.constant > report.limit:
         weights = f'{report.constant / 2**30:.2f} GiB'
         return f'{line}, weights, gradients and optimizer alone {weights}: {" or ".join([*changes, "more devices"])}'

@@ -1,5 +1,6 @@
 """What a training step takes, before it runs: against shapes by hand, real batches, and machines that are made up."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -24,14 +25,17 @@ def stage(kind='pretrain', data_dir='', **changes):
     return config.validate(micro_config.get_config(data_dir)[kind] | dict(init_from={}) | changes)['train']
 
 
+RING = micro_config.get_config()['pretrain']['model'] | dict(loss_form='ring')
+
+
 @pytest.mark.parametrize(
-    ('kind', 'changes'), [('pretrain', dict(optimizer=dict(ema_decay=0.9))), ('multimodal', dict(accumulate=2))]
+    ('kind', 'changes'),
+    [('pretrain', dict(model=RING, optimizer=dict(ema_decay=0.9))), ('multimodal', dict(accumulate=2))],
 )
 def test_memory_by_part(kind, changes, monkeypatch):
     """Each parameter's bytes by hand: all of them, divided by the sizes of the mesh axes in its spec."""
     monkeypatch.setattr(rules, 'FSDP_MIN_SIZE', 2**8)
     made, mesh = stage(kind, **changes), meshes.make_mesh(2, 2, 2)
-    made = made if kind == 'multimodal' else config.parse_stage(_with_ring(made))
     report = preflight.measure(made, mesh, limit=GIB)
 
     contract = stages.draft_contract(made, preflight.vocab_size(made))
@@ -51,18 +55,12 @@ def test_memory_by_part(kind, changes, monkeypatch):
     batch = preflight.abstract_batch(made, contract, mesh, 8)
     assert memory['batch'] == sum(x.size * x.dtype.itemsize for x in batch.values()) // 4
     assert memory['loss'] > 0 and sum(memory.values()) == report.total
-    assert report.fits and not preflight.dataclasses.replace(report, limit=report.total - 1).fits
+    assert report.fits and not dataclasses.replace(report, limit=report.total - 1).fits
     assert (report.batch_size, report.per_device) == (8, 2)
     assert report.flops_per_example == task.flops_per_example
     assert {row.kind for row in report.collectives} >= (
         {'collective-permute'} if kind == 'pretrain' else {'all-reduce'}
     )
-
-
-def _with_ring(made):
-    values = config.to_dict(made)
-    values['model']['loss_form'] = 'ring'
-    return values
 
 
 @pytest.mark.parametrize('kind', ['pretrain', 'multimodal'])

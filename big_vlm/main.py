@@ -72,7 +72,13 @@ def run(argv: Sequence[str]) -> None:
 
     _compilation_cache()
     if flags.distributed:
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise UserError(
+                f'--distributed: jax finds no job of several processes here ({error}): start one as the files in '
+                'tools/launch/ do, or leave the flag out'
+            ) from error
     from big_vlm.training import run_report
     from big_vlm.training import stages as stages_lib
 

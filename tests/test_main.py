@@ -4,6 +4,7 @@ import os
 import random
 import signal
 
+import jax
 import micro_run as runs
 import numpy as np
 import pytest
@@ -67,6 +68,15 @@ def test_a_bucket_is_no_workdir(call, tmp_path):
     code, lines = call(workdir='gs://bucket/run')
     assert code == 2 and 'gs://bucket/run' in lines[0] and len(lines) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_processes_that_find_no_job(call, monkeypatch):
+    def initialize():
+        raise ValueError('coordinator_address should be defined.')
+
+    monkeypatch.setattr(jax.distributed, 'initialize', initialize)
+    code, lines = call('--distributed')
+    assert code == 2 and len(lines) == 1 and 'tools/launch/' in lines[0]
 
 
 def test_a_wrong_file(call, tmp_path):

@@ -59,12 +59,19 @@ class Generative:
         self, params: dict, stats: dict, batch: dict[str, jax.Array], rng: jax.Array | None
     ) -> tuple[jax.Array, tuple[dict[str, jax.Array], dict]]:
         """Batch → (loss, (metrics, stats)). Metrics: the share of supervised tokens whose argmax is right."""
-        logits, targets, mask, out = self._supervised(params, stats, batch, rng)
+        logits, targets, mask, out = self.supervised(params, stats, batch, rng)
         stats = {'img': out['img/stats']} if 'img/stats' in out else stats
+        loss, metrics = self.loss_from_logits(logits, targets, mask)
+        return loss, (metrics, stats)
+
+    def loss_from_logits(
+        self, logits: jax.Array, targets: jax.Array, mask: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """(loss, metrics) of what `supervised` gives; apart from it so that its memory can be told."""
         loss, _ = token_loss.token_loss(logits, targets, mask, self.average)
         right = (jnp.argmax(logits, axis=-1) == targets) & (mask > 0)
         accuracy = jnp.sum(right) / jnp.maximum(jnp.sum(mask > 0), 1)
-        return loss, ({'token_accuracy': accuracy.astype(jnp.float32)}, stats)
+        return loss, {'token_accuracy': accuracy.astype(jnp.float32)}
 
     @property
     def predict(self) -> dict[str, Callable[..., Any]]:
@@ -84,7 +91,7 @@ class Generative:
             return self.model.decode_step(params, token, cache)
 
         def score(weights, batch):
-            logits, targets, mask, _ = self._supervised(weights, None, batch, None)
+            logits, targets, mask, _ = self.supervised(weights, None, batch, None)
             return jnp.sum(token_loss.log_prob(logits, targets) * (mask > 0), axis=-1)
 
         def attention(weights, batch):
@@ -98,8 +105,10 @@ class Generative:
             'attention': attention,
         }
 
-    def _supervised(self, params, stats, batch, rng):
-        """(logits [B,t,V], targets [B,t], mask [B,t], the model's `out`) over the text slots.
+    def supervised(
+        self, params: dict, stats: dict | None, batch: dict[str, jax.Array], rng: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array, dict]:
+        """(logits float32 [B,t,V], targets int32 [B,t], mask [B,t], the model's `out`) over the text slots.
 
         The last image slot predicts the first of them.
         """

@@ -108,8 +108,7 @@ def train(
     with Checkpointer(pathlib.Path(workdir) / 'checkpoints', stage.checkpoint.keep) as saver, signals.catch() as stop:
         state, evaluated, replaced = _start(stage, task, tx, mesh, saver, initial_params, overwritten, extra)
         first = int(state.step)
-        options = dict(accumulate=stage.accumulate, ema_decay=stage.optimizer.ema_decay)
-        train_step = steps.make_train_step(task, tx, info, mesh, state, stage.seed, **options)
+        train_step = make_step(stage, task, tx, info, mesh, state)
         log = _Log(writers, throughput.Meter(stage.batch_size, task.flops_per_example, throughput.peak_flops(mesh)))
         writers.rewind(first)
         source = iter(batches(first)) if first < total else iter(())
@@ -140,6 +139,19 @@ def train(
             log.step(step + 1, metrics | computed, show=_shown(stage, step + 1, total))
         log.flush()
     return state
+
+
+def make_step(
+    stage: Stage,
+    task: steps.Task,
+    tx: optax.GradientTransformation,
+    info: optimizer.Info,
+    mesh: Mesh,
+    state: TrainState,
+) -> steps.TrainStep:
+    """The step that `train` takes; arguments as those of `step.make_train_step`."""
+    options = dict(accumulate=stage.accumulate, ema_decay=stage.optimizer.ema_decay)
+    return steps.make_train_step(task, tx, info, mesh, state, stage.seed, **options)
 
 
 def _start(

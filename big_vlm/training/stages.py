@@ -59,7 +59,7 @@ def check(stages: Mapping[str, Stage]) -> None:
         with config.located(where):
             mesh = _mesh(stage)
             accumulation.check(mesh, stage.batch_size, stage.accumulate)
-            task = tasks.make(stage, _draft_contract(stage, vocab_sizes[name]), mesh)
+            task = tasks.make(stage, draft_contract(stage, vocab_sizes[name]), mesh)
             params, stats = steps.init_shapes(task)
             shapes[name] = trees.merged(params, stats)
         # How long an epoch is shows only in the data.
@@ -236,8 +236,8 @@ def make_contract(stage: Stage, tokenizer: Tokenizer) -> Contract:
     return Contract.make(stage.contract, tokenizer, tasks.image_slots(stage), softcap, patch_size)
 
 
-def _draft_contract(stage: Stage, vocab_size: int) -> Contract:
-    """As far as it is known before there is a tokenizer: enough to know every parameter's name."""
+def draft_contract(stage: Stage, vocab_size: int) -> Contract:
+    """As far as it is known before there is a tokenizer: enough to know the shapes of every parameter and batch."""
     settings = {f.name: getattr(stage.contract, f.name) for f in dataclasses.fields(stage.contract)}
     ids = dict(separator_ids=(), pad_id=0, bos_id=0, eos_id=0, tokenizer_sha256='')
     return Contract(**settings, **ids, image_tokens=tasks.image_slots(stage), vocab_size=vocab_size)

@@ -1,5 +1,6 @@
 """One training step, and the first state: pure functions under thin jitted wrappers."""
 
+import dataclasses
 from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
@@ -64,6 +65,23 @@ def init_state(
         return init(jax.random.key(seed))
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """(state, batch) → (state, metrics), compiled. The state that goes in is donated: use the one that comes out."""
+
+    jitted: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    mesh: Mesh
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        with jax.set_mesh(self.mesh):
+            return self.jitted(state, batch)
+
+    def lower(self, state: TrainState, batch: Any) -> jax.stages.Lowered:
+        """The step for abstract arguments, to be compiled and looked at."""
+        with jax.set_mesh(self.mesh):
+            return self.jitted.lower(state, batch)
+
+
 def make_train_step(
     task: Task,
     tx: optax.GradientTransformation,
@@ -74,8 +92,8 @@ def make_train_step(
     *,
     accumulate: int = 1,
     ema_decay: float = 0.0,
-) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
-    """(state, batch) → (state, metrics), compiled. The state that goes in is donated: use the one that comes out.
+) -> TrainStep:
+    """The step of a task with an optimizer.
 
     Args:
       task: gives the loss.
@@ -87,8 +105,8 @@ def make_train_step(
       ema_decay: of `state.ema`, where the state has one.
 
     Returns:
-      metrics: float32 scalars, replicated: the task's own, loss, lr (base rate), and the global norms grad_norm (of
-        what is trained, before clipping), update_norm and param_norm.
+      The step. Its metrics are float32 scalars, replicated: the task's own, loss, lr (base rate), and the global norms
+      grad_norm (of what is trained, before clipping), update_norm and param_norm.
     """
 
     value_and_grad = accumulation.value_and_grad(task, accumulate)
@@ -98,13 +116,8 @@ def make_train_step(
         return _step(value_and_grad, tx, info, state, batch, rng, ema_decay)
 
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
-
-    def run(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        with jax.set_mesh(mesh):
-            return compiled(state, batch)
-
-    return run
+    outputs = shardings, NamedSharding(mesh, PartitionSpec())
+    return TrainStep(jax.jit(step, donate_argnums=0, out_shardings=outputs), mesh)
 
 
 def _init(

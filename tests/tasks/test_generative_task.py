@@ -113,7 +113,7 @@ def test_loss_is_the_answers_cross_entropy():
 def test_only_answers_carry_loss():
     """Other prompts as targets change nothing, other answers do. (A prompt is input, too: the logits are kept.)"""
     task, original = make(), batch()
-    logits, targets, mask, _ = jax.jit(task._supervised, static_argnums=3)(params(), {}, original, None)
+    logits, targets, mask, _ = jax.jit(task.supervised, static_argnums=3)(params(), {}, original, None)
     prompt = (original['segment'] > 0) & (original['mask_loss'] == 0) & (original['text'] >= 0)
     first = IMAGE_TOKENS
     assert targets.shape == (B, TEXT) and logits.shape == (B, TEXT, VOCAB)

@@ -1,4 +1,4 @@
-"""The benchmarks of the contrastive losses: how they read a schedule, and what the TPU compiler says of the ring."""
+"""The benchmarks of the contrastive losses, and what the TPU compiler says of the ring."""
 
 import json
 import pathlib
@@ -7,45 +7,9 @@ import sys
 
 import pytest
 
-from tools.bench import contrastive_overlap, interleaved
+from tools.bench import interleaved
 
 ROOT = pathlib.Path(__file__).parents[2]
-
-SCHEDULE = """HloModule jit_f, is_scheduled=true
-
-%fused (p: bf16[8]) -> f32[8] {
-  %p = bf16[8]{0} parameter(0)
-  ROOT %convolution.1 = f32[8]{0} convolution(%p, %p), dim_labels=bf_io->bf
-}
-
-%elementwise (p: bf16[8]) -> f32[8] {
-  ROOT %add.1 = f32[8]{0} add(%p, %p)
-}
-
-%body (state: (s32[], bf16[8])) -> (s32[], bf16[8]) {
-  %permute-start = (bf16[8], bf16[8]) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
-  %fusion.1 = f32[8]{0} fusion(%x), kind=kOutput, calls=%fused
-  %fusion.2 = f32[8]{0} fusion(%x), kind=kLoop, calls=%elementwise
-  %permute-done = bf16[8]{0} collective-permute-done(%permute-start)
-}
-
-ENTRY %main (x: bf16[8]) -> f32[8] {
-  %start.1 = (bf16[8], bf16[8]) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
-  %while.1 = (s32[], bf16[8]) while(%t), condition=%condition, body=%body
-  %done.1 = bf16[8]{0} collective-permute-done((bf16[8], bf16[8]) %start.1)
-  %start.2 = (bf16[8], bf16[8]) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
-  %fusion.3 = f32[8]{0} fusion(%x), kind=kLoop, calls=%elementwise
-  ROOT %done.2 = bf16[8]{0} collective-permute-done(%start.2)
-}
-"""
-
-
-def test_what_a_schedule_hides():
-    assert contrastive_overlap.transfers(SCHEDULE) == [
-        ('body', 'permute-start', 1),
-        ('main', 'start.1', 1),
-        ('main', 'start.2', 0),
-    ]
 
 
 def test_ratios_of_interleaved_times():

@@ -69,7 +69,7 @@ def test_eight_devices_lose_what_one_does(losses, kind, layout):
 def test_these_layouts_really_split_weights(kind, tmp_path):
     """Otherwise the losses above would agree for the wrong reason."""
     made = stage(kind, str(tmp_path))
-    contract = stages._draft_contract(made, 1536)
+    contract = stages.draft_contract(made, 1536)
     for layout, axes in (('fsdp', {'fsdp'}), ('mixed', {'fsdp', 'model'})):
         mesh = meshes.make_mesh(*LAYOUTS[layout])
         shapes = steps.param_shapes(make(made, contract, mesh))

@@ -397,7 +397,7 @@ def test_the_draft_knows_every_parameter(micro_run, tiny_digit_scenes):
     made = make(tiny_digit_scenes)
     sizes = stages._vocab_sizes(made)
     for name, stage in made.items():
-        contract = stages._draft_contract(stage, sizes[name])
+        contract = stages.draft_contract(stage, sizes[name])
         drawn = trees.flat(steps.param_shapes(stages.tasks.make(stage, contract)))
         stored = trees.flat(checkpoints.weight_shapes(micro_run / name / 'bundle'))
         assert {k: v.shape for k, v in drawn.items()} == {k: v.shape for k, v in stored.items()}

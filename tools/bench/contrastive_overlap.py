@@ -2,9 +2,7 @@
 
 import argparse
 import json
-import re
 import sys
-from typing import NamedTuple
 
 EXPLAIN = """Every transfer of the ring is a pair of instructions, start and done; what is scheduled between them runs
 while the data is under way. Needs jax[tpu] at the version of jax; without it, says so and ends. Exit code 1 if a
@@ -14,47 +12,6 @@ examples:
   python -m tools.bench.contrastive_overlap
   python -m tools.bench.contrastive_overlap --batch=131072 --loss=softmax
 """
-
-
-class Transfer(NamedTuple):
-    """One collective permute: its computation, its name, and the matrix products scheduled while it is under way."""
-
-    computation: str
-    name: str
-    matmuls: int
-
-
-def transfers(schedule: str) -> list[Transfer]:
-    """Every collective permute of a scheduled HLO module, given as text, in the order of their starts."""
-    computations: dict[str, list[str]] = {}
-    for line in schedule.splitlines():
-        opened = re.match(r'(?:ENTRY )?%?([\w.-]+) .*\{$', line)
-        if opened:
-            lines = computations.setdefault(opened[1], [])
-        elif line.startswith('  '):
-            lines.append(line)
-
-    def multiplies(line: str) -> bool:
-        """An instruction that is a matrix product, or calls a computation that has one."""
-        if re.search(r'\s(convolution|dot)\(', line):
-            return True
-        called = re.findall(r'(?:calls|body|to_apply)=%?([\w.-]+)', line)
-        return any(multiplies(inner) for name in called for inner in computations.get(name, ()))
-
-    found = []
-    for computation, lines in computations.items():
-        started: dict[str, int] = {}
-        for i, line in enumerate(lines):
-            name = re.match(r'\s+(?:ROOT )?%?([\w.-]+) = ', line)
-            if name and ' collective-permute-start(' in line:
-                started[name[1]] = i
-            elif ' collective-permute-done(' in line:
-                start = re.search(r' collective-permute-done\(.*?%([\w.-]+)\)', line)[1]
-                between = lines[started[start] + 1 : i]
-                found.append((started[start], Transfer(computation, start, sum(map(multiplies, between)))))
-            elif ' collective-permute(' in line:  # not split in two: nothing runs meanwhile
-                found.append((i, Transfer(computation, name[1], 0)))
-    return [transfer for _, transfer in sorted(found, key=lambda x: (x[1].computation, x[0]))]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -82,12 +39,16 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     import jax
 
+    from big_vlm.checks.collectives import collectives
+
     print(f'{len(devices)} × {devices[0].device_kind}, bfloat16, {args.batch:,} pairs, jax {jax.__version__}')
     print(f'{"loss":10}{"transfer":36}{"matrix products meanwhile":>26}')
     results = []
     for loss in args.loss or ('sigmoid', 'softmax'):
         compiled = tpu_compiler.compile_loss(loss, 'ring', args.batch, args.width, 0, devices)
-        for transfer in transfers(compiled.as_text()):
+        for transfer in collectives(compiled.as_text()):
+            if transfer.kind != 'collective-permute':
+                continue
             results.append({'loss': loss, 'transfer': transfer.name, 'matmuls': transfer.matmuls})
             print(f'{loss:10}{transfer.name:36}{transfer.matmuls:26}')
     about = {'topology': tpu_compiler.TOPOLOGY, 'batch': args.batch, 'width': args.width, 'jax': jax.__version__}

@@ -1,7 +1,6 @@
 """The TPU compiler without a TPU: `jax[tpu]` compiles for a described topology, and tells memory and schedule."""
 
 import importlib.util
-import os
 from typing import Any
 
 TOPOLOGY = 'v5e:2x4'
@@ -11,13 +10,9 @@ def devices() -> list[Any]:
     """The eight chips of a described, absent TPU v5e; to be called before jax starts. Empty without a TPU compiler."""
     if importlib.util.find_spec('libtpu') is None:
         return []
-    os.environ['JAX_PLATFORMS'] = 'cpu'
-    os.environ['TPU_SKIP_MDS_QUERY'] = '1'
-    os.environ['TPU_WORKER_HOSTNAMES'] = 'localhost'
-    os.environ['TPU_ACCELERATOR_TYPE'] = 'v5litepod-8'
-    from jax.experimental import topologies
+    from big_vlm.checks import topologies
 
-    return topologies.get_topology_desc(platform='tpu', topology_name=TOPOLOGY).devices
+    return topologies.describe(TOPOLOGY).devices
 
 
 def compile_loss(loss: str, form: str, batch: int, width: int, tile: int, devices: list[Any]) -> Any:

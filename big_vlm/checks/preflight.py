@@ -1,0 +1,241 @@
+"""What a training step takes of each device, as its compiler tells: no data is read, the devices may be absent."""
+
+import dataclasses
+import math
+import os
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from big_vlm import config, tasks
+from big_vlm.checks.collectives import Collective, collectives
+from big_vlm.config import Stage
+from big_vlm.data import prompts
+from big_vlm.data.contract import Contract
+from big_vlm.data.coordinates import NUM_LOCATIONS, NUM_SEGMENTS
+from big_vlm.data.tokenizer import Tokenizer
+from big_vlm.sharding import mesh as meshes
+from big_vlm.training import accumulation, loop, optimizer, stages
+from big_vlm.training import step as steps
+
+REST = 'activations, the rest'
+_UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What one training step takes.
+
+    Attributes:
+      batch_size: global, examples.
+      per_device: examples of one device.
+      memory: part → bytes of one device. Parameters, averages, optimizer, gradients and batch from shapes and
+        shardings; the loss from its own compilation with its gradients; REST is the difference to `total`, less than
+        nothing where the parts are not all there at the same time.
+      total: bytes of one device, the compiler's; None if it gave up and did not say.
+      limit: bytes that one device has; None where that is not known.
+      collectives: of one device; empty where the compiler gave up.
+      flops_per_example: of the model's forward and backward pass; what is computed again is not counted.
+      seconds: that compiling the step took.
+    """
+
+    batch_size: int
+    per_device: int
+    memory: dict[str, int]
+    total: int | None
+    limit: int | None
+    collectives: list[Collective]
+    flops_per_example: float
+    seconds: float
+
+    @property
+    def constant(self) -> int:
+        """Bytes that do not depend on the batch size."""
+        return sum(self.memory.get(name, 0) for name in ('parameters', 'averages', 'optimizer', 'gradients'))
+
+    @property
+    def fits(self) -> bool:
+        return self.limit is None or (self.total is not None and self.total <= self.limit)
+
+
+def measure(stage: Stage, mesh: Mesh, limit: int | None = None, batch_size: int = 0, where: str = 'config') -> Report:
+    """Compiles the step that training takes, and says what it needs.
+
+    Args:
+      stage: validated. A tokenizer that is still to be trained, or is not on this machine, has
+        `tokenizer.vocab_size` pieces.
+      mesh: of real, simulated or described devices.
+      limit: bytes that one device has; None: not known, everything fits.
+      batch_size: instead of the stage's; 0: that.
+      where: the stage's dotted key, for errors.
+
+    Raises:
+      UserError: a batch that the mesh cannot divide; a variant, an optimizer or a rule that does not exist.
+    """
+    batch_size = batch_size or stage.batch_size
+    with config.located(where):
+        accumulation.check(mesh, batch_size, stage.accumulate)
+        contract = stages.draft_contract(stage, vocab_size(stage))
+        task = tasks.make(stage, contract, mesh)
+        shapes = steps.param_shapes(task)
+        # How long an epoch is changes constants of the schedule alone.
+        total_steps = 2**30 if stage.total.epochs else loop.total_steps(stage)
+        tx, info = optimizer.make(stage.optimizer, total_steps, shapes, batch_size=batch_size, examples_per_epoch=1)
+    state = steps.abstract_state(task, tx, mesh, ema=stage.optimizer.ema_decay > 0)
+    batch = abstract_batch(stage, contract, mesh, batch_size)
+    trained = [x for x, y in zip(jax.tree.leaves(state.params), jax.tree.leaves(info.trainable), strict=True) if y]
+    memory = {
+        'parameters': _bytes(state.params),
+        'averages': _bytes(state.ema),
+        'optimizer': _bytes((state.opt_state, state.stats, state.step)),
+        'gradients': _bytes(trained),
+        'batch': _bytes(batch),
+    }
+    step = loop.make_step(stage, task, tx, info, mesh, state).lower(state, batch)
+    began = time.perf_counter()
+    total, program = _compile(step, memory['parameters'] + memory['averages'] + memory['optimizer'] + memory['batch'])
+    seconds = time.perf_counter() - began
+    memory['loss'] = _compile(_loss(task, state, batch, mesh, stage.accumulate), 0)[0] or 0
+    if total is not None:
+        memory[REST] = total - sum(memory.values())
+    parts = mesh.shape['data'] * mesh.shape['fsdp']
+    memory = {name: size for name, size in memory.items() if size}
+    found = collectives(program)
+    return Report(batch_size, batch_size // parts, memory, total, limit, found, task.flops_per_example, seconds)
+
+
+def largest(measured: Callable[[int], Report], first: Report, unit: int) -> Report | None:
+    """The report of the largest batch that fits, to a thirty-second; None if not even one of `unit` does.
+
+    Args:
+      measured: batch size → report, with a limit.
+      first: a report to begin with.
+      unit: what batch sizes are multiples of.
+    """
+    best, low, high, report = None, 0, None, first
+    while True:
+        n = report.batch_size // unit
+        if report.fits:
+            best, low = report, n
+        else:
+            high = n
+        least = max(low // 32, 1)
+        if high is not None and high - low <= least:
+            return best
+        # Memory is nearly a constant and a part that grows with the batch.
+        if report.total is None:
+            guess = (low + high) // 2
+        else:
+            guess = n * (report.limit - report.constant) // max(report.total - report.constant, 1)
+        most = 16 * low if high is None else high - least
+        report = measured(unit * min(max(guess, low + least), most))
+
+
+def advice(report: Report, stage: Stage, mesh: Mesh) -> str:
+    """One line about a step that does not fit: what it needs, and what to change in the config."""
+    needs = f'{report.total / 2**30:.2f} GiB' if report.total else 'more memory'
+    line = f'batch_size={report.batch_size} needs {needs} of the {report.limit / 2**30:.2f} GiB that a device has'
+    changes = []
+    fsdp = mesh.size // mesh.shape['model']
+    if report.constant > report.limit / 4 and mesh.shape['fsdp'] < fsdp:
+        changes.append(f'mesh.fsdp={fsdp}')
+    if report.constant > report.limit:
+        weights = f'{report.constant / 2**30:.2f} GiB'
+        return f'{line}, weights, gradients and optimizer alone {weights}: {" or ".join([*changes, "more devices"])}'
+    if stage.model.dtype == 'float32':
+        changes.append("model.dtype='bfloat16'")
+    if stage.model.remat == 'none':
+        changes.append("model.remat='full'")
+    if stage.task == tasks.Contrastive.kind and stage.model.loss_form == 'dense' and mesh.size > 1:
+        changes.append("model.loss_form='ring'")
+    if report.per_device > stage.accumulate:
+        changes += [f'accumulate={2 * stage.accumulate}', 'a smaller batch_size (--fit finds the largest)']
+    return f'{line}: try {", ".join([*changes, "more devices"])}'
+
+
+def vocab_size(stage: Stage) -> int:
+    """Of the stage's tokenizer if it is on this machine, else as many pieces as the config says."""
+    if stage.tokenizer.path and os.path.exists(stage.tokenizer.path):
+        return Tokenizer.load(stage.tokenizer.path).vocab_size
+    return stage.tokenizer.vocab_size + NUM_LOCATIONS + NUM_SEGMENTS
+
+
+def abstract_batch(stage: Stage, contract: Contract, mesh: Mesh, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of a training batch, without data."""
+    picture = np.zeros((contract.image_size, contract.image_size, 3), np.uint8)
+    if stage.task == tasks.Contrastive.kind:
+        text, text_mask = prompts.contrastive_text([], contract)
+        example = {'image': picture, 'text': text, 'text_mask': text_mask}
+        if count := contract.max_patches:
+            del example['image']
+            example['patches'] = np.zeros((count, 3 * tasks.patch_size(stage) ** 2), np.uint8)
+            example |= {'patch_mask': np.ones(count, bool), 'patch_grid': np.ones(2, np.int32)}
+    else:
+        example = {'image': picture[None], 'image_mask': np.ones(1, bool)}
+        example |= prompts.generative_row([], None, contract)
+    example['id'] = np.zeros(2, np.int32)
+    sharding = meshes.batch_sharding(mesh)
+    return {k: jax.ShapeDtypeStruct((batch_size, *x.shape), x.dtype, sharding=sharding) for k, x in example.items()}
+
+
+def _loss(task: tasks.Task, state: Any, batch: Any, mesh: Mesh, accumulate: int) -> jax.stages.Lowered:
+    """The loss by itself, with its gradients by embeddings or logits: what of a step is pairs or tokens."""
+    rng = jax.random.key(0)
+    if hasattr(task, 'loss_from_embeddings'):  # of the whole batch, see `accumulation`
+        inputs = jax.eval_shape(task.embed, state.params, state.stats, batch, rng)[:2]
+        differentiated, last = (1, 2), ()
+
+        def loss(params, *embeddings):
+            return task.loss_from_embeddings(params, *embeddings)[0]
+    else:
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(x) // accumulate, *x.shape[1:]), x.dtype), batch)
+        inputs = jax.eval_shape(task.supervised, state.params, state.stats, batch, rng)[:3]
+        differentiated, last = (1,), (None, 'model' if inputs[0].shape[-1] % mesh.shape['model'] == 0 else None)
+
+        def loss(params, *logits_and_targets):
+            del params
+            return task.loss_from_logits(*logits_and_targets)[0]
+
+    rows = meshes.batch_sharding(mesh)
+    first = NamedSharding(mesh, PartitionSpec(meshes.BATCH_AXES, *last))
+    shardings = [first, *[rows] * (len(inputs) - 1)]
+    inputs = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(inputs, shardings, strict=True)]
+    outputs = NamedSharding(mesh, PartitionSpec()), tuple(shardings[i - 1] for i in differentiated)
+    gradients = jax.jit(jax.value_and_grad(loss, argnums=differentiated), out_shardings=outputs)
+    with jax.set_mesh(mesh):
+        return gradients.lower(state.params, *inputs)
+
+
+def _compile(lowered: jax.stages.Lowered, inputs: int) -> tuple[int | None, str]:
+    """(bytes of one device, the program's text); of a program that is too large what the compiler says, and no text.
+
+    `inputs`: bytes of one device that go in, which some of its errors leave out.
+    """
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if 'RESOURCE_EXHAUSTED' not in str(error):
+            raise
+        return _asked(str(error), inputs), ''
+    m = compiled.memory_analysis()
+    outputs = m.output_size_in_bytes - m.alias_size_in_bytes  # those that take no input's place
+    total = m.argument_size_in_bytes + outputs + m.temp_size_in_bytes + m.generated_code_size_in_bytes
+    return total, compiled.as_text()
+
+
+def _asked(error: str, inputs: int) -> int | None:
+    """Bytes that the TPU compiler's error says were needed; None if it does not say."""
+    if used := re.search(r'Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm', error):
+        return int(float(used[1]) * _UNITS[used[2]])
+    if temporaries := re.search(r'HLO temporaries \(([\d.]+)([KMGT]?)\)', error):
+        return int(float(temporaries[1]) * _UNITS[temporaries[2]]) + inputs
+    return None
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

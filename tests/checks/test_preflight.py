@@ -1,0 +1,136 @@
+"""What a training step takes, before it runs: against shapes by hand, real batches, and machines that are made up."""
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import jax
+import micro_config
+import pytest
+
+from big_vlm import config
+from big_vlm.checks import preflight
+from big_vlm.config import UserError
+from big_vlm.data import loader
+from big_vlm.sharding import mesh as meshes
+from big_vlm.sharding import rules
+from big_vlm.tasks import make
+from big_vlm.training import stages
+from big_vlm.training import step as steps
+
+GIB = 2**30
+
+
+def stage(kind='pretrain', data_dir='', **changes):
+    return config.validate(micro_config.get_config(data_dir)[kind] | dict(init_from={}) | changes)['train']
+
+
+RING = micro_config.get_config()['pretrain']['model'] | dict(loss_form='ring')
+
+
+@pytest.mark.parametrize(
+    ('kind', 'changes'),
+    [('pretrain', dict(model=RING, optimizer=dict(ema_decay=0.9))), ('multimodal', dict(accumulate=2))],
+)
+def test_memory_by_part(kind, changes, monkeypatch):
+    """Each parameter's bytes by hand: all of them, divided by the sizes of the mesh axes in its spec."""
+    monkeypatch.setattr(rules, 'FSDP_MIN_SIZE', 2**8)
+    made, mesh = stage(kind, **changes), meshes.make_mesh(2, 2, 2)
+    report = preflight.measure(made, mesh, limit=GIB)
+
+    contract = stages.draft_contract(made, preflight.vocab_size(made))
+    task = make(made, contract, mesh)
+    shapes = steps.param_shapes(task)
+    shardings = rules.param_shardings(shapes, mesh)
+    parameters = sum(
+        4 * leaf.size // math.prod(mesh.shape[axis] for axis in sharding.spec if axis)
+        for leaf, sharding in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
+    )
+    assert parameters < 4 * sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 2, 'most of it should be split'
+    memory = report.memory
+    assert memory['parameters'] == memory['gradients'] == parameters
+    assert memory.get('averages', 0) == (parameters if kind == 'pretrain' else 0)
+    # Adam keeps two moments, and a few counters.
+    assert 0 < memory['optimizer'] - 2 * parameters <= 64
+    batch = preflight.abstract_batch(made, contract, mesh, 8)
+    assert memory['batch'] == sum(x.size * x.dtype.itemsize for x in batch.values()) // 4
+    assert memory['loss'] > 0 and sum(memory.values()) == report.total
+    assert report.fits and not dataclasses.replace(report, limit=report.total - 1).fits
+    assert (report.batch_size, report.per_device) == (8, 2)
+    assert report.flops_per_example == task.flops_per_example
+    assert {row.kind for row in report.collectives} >= (
+        {'collective-permute'} if kind == 'pretrain' else {'all-reduce'}
+    )
+
+
+@pytest.mark.parametrize('kind', ['pretrain', 'multimodal', 'naflex'])
+def test_the_batch_is_that_of_training(kind, tiny_digit_scenes, tmp_path):
+    changes = {}
+    if kind == 'naflex':
+        data = micro_config.data(tiny_digit_scenes, captions='decode | naflex(6) | text("caption")')
+        kind, changes = 'pretrain', dict(contract=dict(max_patches=6), data=data, evals={})
+    made, mesh = stage(kind, tiny_digit_scenes, **changes), meshes.make_mesh()
+    tokenizer = stages._tokenizers(tmp_path, {'train': made})['train']
+    contract = stages.make_contract(made, tokenizer)
+    real = loader.train_batches(made.data, contract, tokenizer, 8, seed=0)[0]
+    del real['replaced']  # which the iterator keeps
+    draft = stages.draft_contract(made, preflight.vocab_size(made))
+    abstract = preflight.abstract_batch(made, draft, mesh, 8)
+    assert {k: (x.shape, x.dtype) for k, x in abstract.items()} == {k: (x.shape, x.dtype) for k, x in real.items()}
+    assert {x.sharding for x in abstract.values()} == {meshes.batch_sharding(mesh)}
+
+
+def test_a_batch_that_does_not_divide():
+    with pytest.raises(UserError, match='config.pretrain: batch_size=12 does not divide over the 8 devices.*use 8 or'):
+        preflight.measure(stage(batch_size=12), meshes.make_mesh(), where='config.pretrain')
+
+
+def report(batch_size, total, limit=100, **memory):
+    return preflight.Report(batch_size, batch_size // 8, memory, total, limit, [], 1.0, 1.0)
+
+
+@pytest.mark.parametrize('first', [8, 160, 800, 80_000])
+def test_the_largest_batch(first):
+    """A machine of 100 bytes, a model of 20, and an example of 1/10: 800 examples fit, and few tries find them."""
+    tried = []
+
+    def measured(batch_size):
+        tried.append(batch_size)
+        return report(batch_size, 20 + batch_size // 10, parameters=20)
+
+    found = preflight.largest(measured, measured(first), unit=8)
+    assert found.fits and 800 - 800 // 32 <= found.batch_size <= 800 and len(tried) <= 6
+    assert all(size % 8 == 0 for size in tried)
+
+
+def test_the_largest_batch_where_the_compiler_says_nothing_of_those_that_do_not_fit():
+    def measured(batch_size):
+        return report(batch_size, 20 + batch_size if batch_size <= 56 else None, parameters=20)
+
+    assert preflight.largest(measured, measured(800), unit=8).batch_size == 56
+    assert preflight.largest(lambda size: report(size, None), report(64, None), unit=8) is None
+
+
+def test_what_to_change():
+    mesh = SimpleNamespace(size=8, shape=dict(data=8, fsdp=1, model=1))
+
+    def advice(made, **memory):
+        return preflight.advice(report(64, 20 * GIB, 16 * GIB, **memory), made, mesh)
+
+    line = advice(stage(), parameters=6 * GIB, gradients=6 * GIB, optimizer=12 * GIB)
+    assert line == (
+        'batch_size=64 needs 20.00 GiB of the 16.00 GiB that a device has, weights, gradients and optimizer alone '
+        '24.00 GiB: mesh.fsdp=8 or more devices'
+    )
+    line = advice(stage(), parameters=GIB)
+    for change in ("model.dtype='bfloat16'", "model.remat='full'", "model.loss_form='ring'", 'accumulate=2', '--fit'):
+        assert change in line
+    assert 'fsdp' not in line and 'ring' not in advice(stage('multimodal'))
+
+
+def test_what_the_tpu_compiler_says_it_needed():
+    used = 'RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory. Used 20.50G of 15.75G hbm. Exceeded'
+    assert preflight._asked(used, 7) == 20.5 * GIB
+    temporaries = 'the total memory required for HLO temporaries (53.98G) exceeds available HBM (15.75G).'
+    assert preflight._asked(temporaries, 7) == int(53.98 * GIB) + 7
+    assert preflight._asked('RESOURCE_EXHAUSTED: no more', 7) is None

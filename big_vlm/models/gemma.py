@@ -21,6 +21,7 @@ from big_vlm.models.vit import REMATS
 from big_vlm.ops import kv_cache, masks
 from big_vlm.ops.attention import attention
 from big_vlm.ops.rope import frequencies, rotate
+from big_vlm.sharding.activations import by_rows
 
 
 def _fan_in(in_axis, out_axis):
@@ -129,6 +130,7 @@ class Block(nn.Module):
     def __call__(self, x, local, position, mask, cache=None, length=None, *, train=False, weights=False):
         drop = nn.Dropout(self.dropout, deterministic=not train)
         post_norms = self.generation.post_norms
+        x = by_rows(x)
         y = RMSNorm(self.dtype, name='pre_attention_norm')(x)
         attn = Attention(self.num_heads, self.num_kv_heads, self.head_dim, self.generation, self.dtype, name='attn')
         y, cache, probs = attn(y, local, position, mask, cache, length, weights)

@@ -17,6 +17,7 @@ import numpy as np
 from big_vlm.config import UserError, unknown
 from big_vlm.models.stems import STEMS, ConvStem
 from big_vlm.ops.attention import attention
+from big_vlm.sharding.activations import by_rows
 
 #              width depth mlp_dim heads
 _VARIANTS = {
@@ -129,6 +130,7 @@ class EncoderBlock(nn.Module):
     def __call__(self, x, mask):
         norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
         drop = nn.Dropout(self.dropout, deterministic=not self.train)
+        x = by_rows(x)
         y = norm(name='LayerNorm_0')(x)
         y = MultiHeadAttention(self.num_heads, self.dtype, name='MultiHeadDotProductAttention_0')(y, y, mask)
         x = x + drop(y)

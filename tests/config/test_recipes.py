@@ -52,11 +52,12 @@ def photos(tmp_path):
 @pytest.mark.parametrize('name', SIZES)
 def test_full_size(name, photos, monkeypatch):
     """What `--check` finds, the published number of parameters, and a shard of every large weight on each device."""
-    made, param_shapes = [], steps.param_shapes
-    monkeypatch.setattr(steps, 'param_shapes', lambda task: made.append(param_shapes(task)) or made[-1])
+    made, init_shapes = [], steps.init_shapes
+    monkeypatch.setattr(steps, 'init_shapes', lambda task: made.append(init_shapes(task)) or made[-1])
     checked = load(name, f'data={photos}', 'fsdp=8')
     stages.check(checked)
     assert len(made) == len(checked)
+    made = [params for params, _ in made]
     assert sum(leaf.size for leaf in jax.tree.leaves(made[0])) / 1e6 == pytest.approx(SIZES[name], abs=0.06)
     for stage, shapes in zip(checked.values(), made, strict=True):
         mesh = meshes.make_mesh(stage.mesh.data, stage.mesh.fsdp, stage.mesh.model)

@@ -9,7 +9,9 @@ from big_vlm.config import UserError
 from big_vlm.data import images, naflex, transforms
 from big_vlm.data.contract import Contract
 
-CONTRACT = Contract(224, 'bilinear', True, (-1.0, 1.0), 6, True, True, '\n', (), 0, 40, 0, 2, 1, '', 0.0, 6, 4)
+CONTRACT = Contract(
+    224, 'bilinear', True, (-1.0, 1.0), 6, True, True, '\n', (), 0, 40, 0, 2, 1, '', max_patches=6, patch_size=4
+)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ def by_rows(x: jax.Array) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if not set(BATCH_AXES) <= set(mesh.axis_names) or set(mesh.axis_types) != {AxisType.Auto}:
         return x
-    if x.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
+    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if parts == 1 or x.shape[0] % parts:
         return x
     return jax.lax.with_sharding_constraint(x, P(BATCH_AXES, *[P.UNCONSTRAINED] * (x.ndim - 1)))

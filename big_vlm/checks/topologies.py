@@ -46,6 +46,7 @@ def describe(name: str) -> Chips:
         'TPU_SKIP_MDS_QUERY': '1',
         'TPU_WORKER_HOSTNAMES': 'localhost',
         'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
+        'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # its lock keeps two processes off one TPU, and there is none
     }
     import jax
     from jax.experimental import topologies

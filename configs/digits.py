@@ -3,8 +3,8 @@
 The quickstart's stages after one of single digits, with an image tower that begins with convolutions: whole patches
 show a digit that may be anywhere differently every time, and stay at chance for tens of thousands of scenes.
 
-Some hour and a half on two CPU cores (scores: `docs/scores.md`). It may run in pieces, in the background: stopped
-(Ctrl-C, SIGTERM, SIGKILL) and started again, it goes on where it was.
+Two hours on two CPU cores that other work shared (scores: `docs/scores.md`). It may run in pieces, in the background:
+stopped (Ctrl-C, SIGTERM, SIGKILL) and started again, it goes on where it was.
 
     --config=configs/digits.py
     --config=configs/digits.py:smoke

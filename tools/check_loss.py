@@ -4,6 +4,8 @@ import argparse
 import os
 import sys
 
+from tools import command
+
 EXPLAIN = """what is compared, each with float64 on the same embeddings:
   dense        the matrix of all pairs at once
   tiled        one device, a tile of images at a time
@@ -82,13 +84,7 @@ def simulate(devices: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 if all agree, 1 if not, 2 after one line on stderr that says what to do."""
-    from big_vlm.config import UserError
-
-    try:
-        return run(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
+    return command.end(run, argv)
 
 
 if __name__ == '__main__':

@@ -7,6 +7,8 @@ import argparse
 import logging
 import sys
 
+from tools import command
+
 EXAMPLES = """examples:
   A published checkpoint as a bundle, to load, to evaluate and to train from:
     python -m tools.convert google/siglip-base-patch16-224 siglip_b16
@@ -80,14 +82,7 @@ def run(argv: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0, or 2 after one line on stderr that says what to do."""
-    from big_vlm.config import UserError
-
-    try:
-        run(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
-    return 0
+    return command.end(run, argv)
 
 
 if __name__ == '__main__':

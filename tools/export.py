@@ -3,6 +3,8 @@
 import argparse
 import sys
 
+from tools import command
+
 EXAMPLES = """examples:
   python -m tools.export runs/quickstart/pretrain/bundle --stablehlo=exported/siglip
   python -m tools.export runs/quickstart/multimodal/bundle --stablehlo=exported/paligemma --max_new_tokens=32
@@ -59,14 +61,7 @@ def run(argv: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0, or 2 after one line on stderr that says what to do."""
-    from big_vlm.config import UserError
-
-    try:
-        run(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
-    return 0
+    return command.end(run, argv)
 
 
 if __name__ == '__main__':

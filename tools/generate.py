@@ -5,6 +5,8 @@ import json
 import os
 import sys
 
+from tools import command
+
 EXAMPLES = """examples:
   One question about one picture:
     python -m tools.generate runs/quickstart/multimodal/bundle --image=scene.png --prompt='caption en'
@@ -158,17 +160,7 @@ def run(argv: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0, or 2 after one line on stderr that says what to do."""
-    from big_vlm.config import UserError
-
-    try:
-        run(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        sys.stderr.close()
-        return 0
-    return 0
+    return command.end(run, argv)
 
 
 if __name__ == '__main__':

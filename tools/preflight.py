@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from tools import command
+
 EXPLAIN = """what is told of each stage, per device:
   memory       parameters, averages, optimizer, gradients and batch: from shapes and shardings; loss: compiled by
                itself with its gradients; activations: the rest of the compiler's total. Parts that are not there at
@@ -192,14 +194,7 @@ def _say(line: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 if everything fits, 2 after one line on stderr that says what to do."""
-    from big_vlm.config import UserError
-
-    try:
-        run(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
-    return 0
+    return command.end(run, argv)
 
 
 if __name__ == '__main__':

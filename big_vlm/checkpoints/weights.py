@@ -35,9 +35,7 @@ def weight_shapes(directory: str | pathlib.Path, part: str = '') -> Any:
 
 
 def load_weights(directory: str | pathlib.Path, like: Any = None, part: str = '') -> Any:
-    """Reads weights that `save_weights` wrote, or the parameters of a training checkpoint.
-
-    Of a training checkpoint these are its parameters and running statistics.
+    """Reads weights that `save_weights` wrote, or the parameters and running statistics of a training checkpoint.
 
     Args:
       directory: a weights folder, a bundle, a training checkpoint DIR/STEP, or DIR for its newest step.

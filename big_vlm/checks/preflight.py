@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from big_vlm import config, tasks
 from big_vlm.checks.collectives import Collective, collectives
 from big_vlm.config import Stage
-from big_vlm.data import prompts
+from big_vlm.data import naflex, prompts
 from big_vlm.data.contract import Contract
 from big_vlm.data.coordinates import NUM_LOCATIONS, NUM_SEGMENTS
 from big_vlm.data.tokenizer import Tokenizer
@@ -170,11 +170,8 @@ def abstract_batch(stage: Stage, contract: Contract, mesh: Mesh, batch_size: int
     picture = np.zeros((contract.image_size, contract.image_size, 3), np.uint8)
     if stage.task == tasks.Contrastive.kind:
         text, text_mask = prompts.contrastive_text([], contract)
-        example = {'image': picture, 'text': text, 'text_mask': text_mask}
-        if count := contract.max_patches:
-            del example['image']
-            example['patches'] = np.zeros((count, 3 * tasks.patch_size(stage) ** 2), np.uint8)
-            example |= {'patch_mask': np.ones(count, bool), 'patch_grid': np.ones(2, np.int32)}
+        example = naflex.rows(picture, contract) if contract.max_patches else {'image': picture}
+        example |= {'text': text, 'text_mask': text_mask}
     else:
         example = {'image': picture[None], 'image_mask': np.ones(1, bool)}
         example |= prompts.generative_row([], None, contract)

@@ -228,9 +228,8 @@ class Weights:
 class InitFrom(Weights):
     """Where the first weights come from. Nothing given: random."""
 
-    also: tuple[
-        Weights, ...
-    ] = ()  # others besides, as a decoder's to an image tower; the later goes before the earlier
+    # Others besides, as a decoder's to an image tower; the later goes before the earlier.
+    also: tuple[Weights, ...] = ()
 
     def given(self) -> dict[str, Weights]:
         """Key below the stage → what is given there, in the order in which it is taken."""

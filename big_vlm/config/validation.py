@@ -65,6 +65,8 @@ def parse_stage(config: Any, where: str = 'config', *, trained: bool = True) -> 
         raise UserError(f'{where}.contract.value_range: must rise, got {stage.contract.value_range}')
     if stage.contract.max_patches and stage.task != 'contrastive':
         raise UserError(f'{where}.contract.max_patches: NaFlex is for contrastive stages, this one is {stage.task}')
+    if stage.contract.image_alone and stage.task != 'generative':
+        raise UserError(f'{where}.contract.image_alone: a {stage.task} stage has no prompts; leave it out')
     if stage.contract.max_patches and stage.contract.image_size != Contract.image_size:
         raise UserError(f'{where}.contract: image_size and max_patches are both given; keep one')
     for key, source in stage.init_from.given().items():
@@ -98,7 +100,7 @@ def _trainable(stage: Stage, where: str) -> None:
     if stage.accumulate > 1 and stage.task == 'generative' and stage.model.average == 'token':
         raise UserError(
             f"{where}.accumulate={stage.accumulate}: a mean over the tokens of a batch (model.average='token') is not "
-            "that of its micro-batches': use model.average='example', or accumulate=1"
+            "that of its micro-batches: use model.average='example', or accumulate=1"
         )
 
 

@@ -6,6 +6,7 @@ A pipeline is a chain of operations (see `operations`), each a name or a call wi
 
 import ast
 import inspect
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -127,7 +128,7 @@ def _literal(node: ast.expr, name: str, where: str) -> Any:
 def _check_arguments(name: str, args: list, kwargs: dict[str, Any], where: str) -> None:
     parameters = list(inspect.signature(operations.OPERATIONS[name]).parameters.values())[2:]
     signature = inspect.Signature(parameters)
-    usage = f'{name}{signature}'.replace('typing.Annotated[int, 1]', 'int ≥ 1')
+    usage = name + re.sub(r'typing\.Annotated\[(\w+), (\d+)\]', r'\1 ≥ \2', str(signature))
     for key in kwargs:
         if key not in signature.parameters:
             raise unknown('argument', key, signature.parameters, f'{where}, {usage}')

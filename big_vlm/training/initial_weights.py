@@ -24,8 +24,8 @@ from big_vlm.ops import position_resize
 
 POSITION = 'img/pos_embedding'
 TOKENS = ('txt/Embed_0/embedding', 'llm/embedder/input_embedding', 'txt/llm/embedder/input_embedding')
-# What weights expect of their inputs at any resolution and length: those of the image tower, and all others.
-OF_PIXELS, OF_TEXT = ('value_range',), ('lower', 'separator', 'image_alone')
+# What weights expect of their inputs at any resolution and length: an image tower's, all others', both together.
+OF_PIXELS, OF_TEXT, OF_BOTH = ('value_range',), ('lower', 'separator'), ('image_alone',)
 
 
 def check(stages: Mapping[str, Stage], shapes: Mapping[str, Any], name: str, where: str) -> None:
@@ -92,7 +92,8 @@ def _contract(folder: pathlib.Path) -> Contract | None:
 def _check_contract(part: str, ours: config.Contract, theirs: config.Contract | Contract, where: str) -> None:
     """Pixels and text mean the same to the weights and to the run."""
     top = part.split('/')[0]
-    for key in (OF_PIXELS if top in ('', 'img') else ()) + (OF_TEXT if top != 'img' else ()):
+    pixels, text = top in ('', 'img'), top != 'img'
+    for key in (*OF_PIXELS * pixels, *OF_TEXT * text, *OF_BOTH * (pixels and text)):
         here, there = getattr(ours, key), getattr(theirs, key)
         if here != there:
             raise UserError(

@@ -240,7 +240,8 @@ def draft_contract(stage: Stage, vocab_size: int) -> Contract:
     """As far as it is known before there is a tokenizer: enough to know the shapes of every parameter and batch."""
     settings = {f.name: getattr(stage.contract, f.name) for f in dataclasses.fields(stage.contract)}
     ids = dict(separator_ids=(), pad_id=0, bos_id=0, eos_id=0, tokenizer_sha256='')
-    return Contract(**settings, **ids, image_tokens=tasks.image_slots(stage), vocab_size=vocab_size)
+    made = dict(image_tokens=tasks.image_slots(stage), patch_size=tasks.patch_size(stage))
+    return Contract(**settings, **ids, **made, vocab_size=vocab_size)
 
 
 def _where(stages: Mapping[str, Stage], name: str) -> str:

@@ -65,6 +65,7 @@ def test_through_json_and_back():
         ('total', {}, 'config.total: say how long'),
         ('total', {'percent': 5.0}, 'config.total.percent: a percentage of what?'),
         ('contract.value_range', (1.0, -1.0), 'config.contract.value_range: must rise'),
+        ('contract.image_alone', True, 'config.contract.image_alone: a contrastive stage has no prompts; leave it out'),
         ('contract.value_range', (1.0,), 'config.contract.value_range: must have 2 entries'),
         ('data.sources', {}, 'config.data.sources is empty'),
         ('data.sources.cells.weight', 0.0, 'config.data.sources: every weight is 0'),

@@ -290,6 +290,7 @@ def test_refused_before_anything_is_read(changes, message, tmp_path):
     [
         ('transfer', {'lower': False}, r'transfer\.init_from: .*contract\.lower True, this stage has False'),
         ('transfer', {'separator': '|'}, r"transfer\.init_from: .*contract\.separator '\\n', this stage has '\|'"),
+        ('transfer', {'image_alone': True}, r'transfer\.init_from: .*contract\.image_alone False, this stage has True'),
         (
             'multimodal',
             {'value_range': (0.0, 1.0)},

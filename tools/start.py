@@ -23,6 +23,7 @@ COMMANDS = ('job', 'tests')
 OWN_FLAGS = ('accelerator', 'venv', 'python')
 JOB_FLAGS = ('config', 'workdir')
 JOB_SWITCHES = ('--check', '--distributed')
+SPREAD = ('-n', 'auto', '--maxprocesses=4')  # the tests, over the cores; `auto` gives way to --pdb
 STAMP = 'big_vlm-installed.json'
 
 HELP = """\
@@ -33,7 +34,7 @@ job     trains the models of a config from nothing, evaluates them, and prints w
         Without flags that is configs/quickstart.py into runs/quickstart (another config: runs/ITS_NAME), on data that
         installs with the project.
         A run that was interrupted goes on where it stopped when the same command is given again.
-tests   runs the test-suite; arguments go to pytest: tests/ops, -k attention, -n 4, -m slow.
+tests   runs the test-suite on up to 4 cores; arguments go to pytest: tests/ops, -k attention, -n 0, -m slow.
 
 Both first make the virtual environment (once) and install the project into it (only when its requirements changed).
 
@@ -329,7 +330,7 @@ def tests_command(request, inside, here):
         # '-k ring' beside a folder called ring: an option's value is not a path.
         after_option = bool(arguments) and arguments[-1] in ('-k', '-m', '-n', '-p', '-o', '-c', '-r', '-W')
         arguments.append(absolute(path, here) + colons + test if found and not after_option else argument)
-    return [inside, '-m', 'pytest'] + arguments
+    return [inside, '-m', 'pytest', *SPREAD, *arguments]
 
 
 def program_command(request, inside, here, root):

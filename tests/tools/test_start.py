@@ -116,14 +116,15 @@ def test_a_config_of_the_checkout_is_found_from_anywhere_and_has_its_own_workdir
     ]
 
 
-def test_tests_take_pytest_arguments_as_they_are(launch, checkout, tmp_path):
+def test_tests_take_pytest_arguments_as_they_are_and_use_the_cores(launch, checkout, tmp_path):
     (tmp_path / 'test_mine.py').write_text('')
     (tmp_path / 'ring').mkdir()
     status, fake = launch('tests', '-k', 'ring', '-x', 'test_mine.py::test_one', '--tb=short')
     assert status == 0
     assert fake.ran[0][-1] == f'{checkout}[test]'
     assert fake.became[1:3] == ['-m', 'pytest']
-    assert fake.became[3:] == ['-k', 'ring', '-x', f'{tmp_path}/test_mine.py::test_one', '--tb=short']
+    spread = ['-n', 'auto', '--maxprocesses=4']
+    assert fake.became[3:] == [*spread, '-k', 'ring', '-x', f'{tmp_path}/test_mine.py::test_one', '--tb=short']
     # conftest chooses the simulated devices; nothing is decided for it.
     assert 'JAX_PLATFORMS' not in fake.environ
 

@@ -60,8 +60,12 @@ def load_weights(directory: str | pathlib.Path, like: Any = None, part: str = ''
         else:
             args[found.paths[key]] = ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
     item = trees.nested({found.paths[key]: leaf for key, leaf in wanted.items()})
+    # Reading waits for no other process: the first one reads bundles alone when it makes the report.
+    here = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(here, {here}, barrier_sync_key_prefix=str(here))
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             restored = checkpointer.restore(
                 found.folder,
                 args=ocp.args.PyTreeRestore(item, restore_args=trees.nested(args), partial_restore=True),

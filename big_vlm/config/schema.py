@@ -79,6 +79,7 @@ class ImageTower:
     position: Literal['learn', 'sincos2d'] = 'learn'  # position embedding
     position_init: Amount = 0.0  # stddev of the learned position embedding's init; 0: 1/sqrt(width)
     dropout: Amount = 0.0
+    patch_dropout: Amount = 0.0  # share of an image's patches that training leaves out, others each time (FLIP)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from big_vlm.config import UserError
 from big_vlm.models import naflex_vit, resnet, vit
 
 ImageTower = vit.ViT | resnet.ResNet | naflex_vit.NaFlexViT
-_NOT_OF_NAFLEX = ('stem', 'position', 'norm')
+_NOT_OF_NAFLEX = ('stem', 'position', 'norm', 'patch_dropout')
 _OF_RESNETS = ('variant', 'width', 'pool', 'head_bias', 'norm')
 
 

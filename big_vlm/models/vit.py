@@ -192,7 +192,8 @@ class ViT(nn.Module):
 
     Sizes of 0 are the variant's. `x` is [B,D], or [B,P,D] with pool='none'; `head` > 0 projects to [..., head].
     `out` holds 'stem' [B,P,D] (patches before positions), 'blocks' [L,B,T,D] (each block's output; T = P, or 1 + P with
-    pool='tok'), 'encoded' [B,P,D] (after the final norm) and 'pooled' (before the head).
+    pool='tok'), 'encoded' [B,P,D] (after the final norm) and 'pooled' (before the head). In training P is the number of
+    patches that `patch_dropout` keeps.
 
     Attributes:
       pool: 'map', 'gap' (mean), 'tok' (a class token), 'first' (the first patch's token) or 'none'.
@@ -200,6 +201,8 @@ class ViT(nn.Module):
       stem: 'patch' (one product per patch) or 'conv' (`stems.ConvStem`; the patch size is a power of two).
       position: 'learn' (one embedding per patch) or 'sincos2d' (fixed).
       position_init: stddev of the learned one's initial values; 0 is big_vision's 1/sqrt(width).
+      patch_dropout: share of the patches of an image that training leaves out, chosen anew each time: half of them take
+        half the time ("Scaling Language-Image Pre-training via Masking", arXiv 2212.00794, section 3).
       dtype: of the arithmetic; parameters are float32.
       remat: 'none' or 'full' (every block's inside is recomputed in the backward pass).
       scan: False unrolls the loop over layers: the same parameters, longer compilation; on CPUs XLA then merges what
@@ -218,6 +221,7 @@ class ViT(nn.Module):
     head: int = 0
     head_bias: bool = True
     dropout: float = 0.0
+    patch_dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
     remat: str = 'none'
     scan: bool = True
@@ -236,6 +240,14 @@ class ViT(nn.Module):
         )
         if 'patch_size' not in sizes:
             raise UserError(f"ViT variant {self.variant!r} lacks a patch size: write '{self.variant}/16'")
+        if self.patch_dropout >= 1:
+            raise UserError(f'model.image.patch_dropout={self.patch_dropout} leaves no patch: take a share below 1')
+        given = {'first': 'its first patch', 'none': 'every patch'}
+        if self.patch_dropout and self.pool in given:
+            raise UserError(
+                f'model.image.patch_dropout={self.patch_dropout}: the tower gives away {given[self.pool]}, and none '
+                'may be missing: leave it at 0'
+            )
         if self.stem == 'conv':
             _ = ConvStem(sizes['width'], sizes['patch_size'], self.dtype).channels
         return sizes
@@ -252,6 +264,8 @@ class ViT(nn.Module):
         else:
             posemb = jnp.asarray(sincos2d(*grid, width))
         x = x + posemb.astype(self.dtype)
+        if train and self.patch_dropout:
+            x = keep_some(x, self._kept(x.shape[1]), self.make_rng('dropout'))
         if self.pool == 'tok':
             cls = self.param('cls', nn.initializers.zeros, (1, 1, width))
             x = jnp.concatenate([jnp.broadcast_to(cls.astype(self.dtype), (x.shape[0], 1, width)), x], axis=1)
@@ -271,6 +285,9 @@ class ViT(nn.Module):
             x = nn.Dense(self.head, use_bias=self.head_bias, dtype=self.dtype, name='head')(x)
         return x, out
 
+    def _kept(self, patches: int) -> int:
+        return max(1, round(patches * (1 - self.patch_dropout)))
+
     @nn.nowrap
     def tokens(self, image_size: int) -> int:
         """P of a square image."""
@@ -278,14 +295,20 @@ class ViT(nn.Module):
 
     @nn.nowrap
     def flops(self, image_size: int) -> float:
-        """Model FLOPs of one square image's forward pass (for MFU: times 3 with the backward pass)."""
-        s, patches = self.sizes, self.tokens(image_size)
+        """Model FLOPs of one square image's forward pass in training (for MFU: times 3 with the backward pass)."""
+        s, patches = self.sizes, self._kept(self.tokens(image_size))
         width, mlp_dim = s['width'], s['mlp_dim']
         flops = STEMS[self.stem](width, s['patch_size'], self.dtype).flops(image_size)
         flops += encoder_flops(s['depth'], width, mlp_dim, patches + (self.pool == 'tok'))
         if self.pool == 'map':
             flops += map_head_flops(width, mlp_dim, patches)
         return flops + 2.0 * width * self.head * (patches if self.pool == 'none' else 1)
+
+
+def keep_some(x: jax.Array, count: int, rng: jax.Array) -> jax.Array:
+    """`count` tokens of each row, chosen at random and in their order: [B,P,D] -> [B,count,D]."""
+    _, kept = jax.lax.top_k(jax.random.uniform(rng, x.shape[:2]), count)
+    return jnp.take_along_axis(x, jnp.sort(kept, axis=1)[..., None], axis=1)
 
 
 def encoder_flops(depth: int, width: int, mlp_dim: int, length: int) -> float:

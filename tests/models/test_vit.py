@@ -46,6 +46,9 @@ def test_decode_variant():
         ({'stem': 'conv', 'variant': 'So400m/14'}, r'patches must be of 2, 4, .*, not 14'),
         ({'position': 'lern'}, "did you mean 'learn'"),
         ({'remat': 'ful'}, "did you mean 'full'"),
+        ({'patch_dropout': 1.0}, 'leaves no patch'),
+        ({'patch_dropout': 0.5, 'pool': 'none'}, 'every patch, and none may be missing'),
+        ({'patch_dropout': 0.5, 'pool': 'first'}, 'its first patch, and none may be missing'),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(fields, message):
@@ -162,6 +165,31 @@ def test_dropout_only_in_training_and_only_from_its_key():
     np.testing.assert_array_equal(zero, train(jax.random.key(0)))
     assert np.abs(zero - one).max() > 1e-2
     np.testing.assert_array_equal(apply(model, params, x)[0], apply(vit.ViT(**TINY), params, x)[0])
+
+
+@pytest.mark.parametrize('pool', ['map', 'gap', 'tok'])
+def test_patch_dropout_is_the_tower_on_some_of_the_patches(pool):
+    """A patch that is kept changes its image's embedding, one that is left out does not: others for each image, key."""
+    model = vit.ViT(**TINY | dict(pool=pool), patch_dropout=0.75)
+    params, x = random_params(model), image(batch=4)
+    train = jax.jit(
+        lambda x, key: model.apply({'params': params}, x, train=True, rngs={'dropout': jax.random.key(key)})
+    )
+    z, out = train(x, 0)
+    patches, kept = 9, 2
+    assert out['encoded'].shape[1] == kept
+    assert model.flops(x.shape[1]) < 0.5 * model.clone(patch_dropout=0.0).flops(x.shape[1])
+    size, side = model.sizes['patch_size'], x.shape[1] // model.sizes['patch_size']
+    seen = []
+    for patch in range(patches):
+        y, column = divmod(patch, side)
+        other = x.copy()
+        other[:, y * size : (y + 1) * size, column * size : (column + 1) * size] += 1
+        seen.append(np.any(np.asarray(train(other, 0)[0] != z), axis=-1))
+    assert np.sum(seen, axis=0).tolist() == [kept] * len(x)
+    assert len({tuple(column) for column in np.transpose(seen)}) > 1
+    assert np.abs(train(x, 1)[0] - z).max() > 1e-3
+    np.testing.assert_array_equal(apply(model, params, x)[0], apply(model.clone(patch_dropout=0.0), params, x)[0])
 
 
 def test_bfloat16_computes_in_bfloat16_from_float32_parameters():

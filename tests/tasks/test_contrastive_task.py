@@ -133,6 +133,16 @@ def test_ring_is_dense(sizes):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), grads, expected_grads)
 
 
+def test_patch_dropout_is_the_same_on_every_mesh():
+    tower = {'variant': 'mu/4', **SMALL, 'patch_dropout': 0.5}
+    drawn = [
+        jax.jit(make(mesh, image=tower).loss)(params(), {}, batch(), jax.random.key(3))[0]
+        for mesh in (None, meshes.make_mesh(data=8))
+    ]
+    np.testing.assert_allclose(*drawn, rtol=1e-5)
+    assert abs(drawn[0] - dense()[0]) > 1e-3
+
+
 def test_bfloat16_computes_in_it_and_keeps_float32_outside():
     task = make(dtype='bfloat16')
     zimg, _ = embeddings(task, batch())

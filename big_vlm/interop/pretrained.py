@@ -23,13 +23,13 @@ from big_vlm.models.image_towers import naflex_patch_size
 
 Model = two_towers.TwoTowers | paligemma.PaliGemma | gemma.Gemma
 
-TOWERS = ('siglip',)  # families that are dual encoders
+TOWERS = ('siglip', 'siglip2')  # families that are dual encoders; 'siglip2' are those with a NaFlex tower alone
 DECODERS = ('gemma', 'gemma2', 'gemma3_text')  # families of a decoder alone, under Hugging Face's names
 POSITION, TOKENS = 'img/pos_embedding', {'txt': 'txt/Embed_0/embedding', 'llm': 'llm/embedder/input_embedding'}
 
 # (patch size, patches) → pixels, where patches do not cover the published image: 384 px hold 27 patches of 14.
 _IMAGE_SIZES = {(14, 27 * 27): 384}
-_NAFLEX_PATCHES = 256  # that SigLIP 2's NaFlex towers are used with unless told otherwise
+NAFLEX_PATCHES = 256  # that SigLIP 2's NaFlex towers are used with unless told otherwise
 _CONTEXT = 8192  # tokens that Gemma 2 was trained with: a window of so many cuts nothing
 
 
@@ -38,7 +38,7 @@ class Pretrained:
     """Everything but the tokenizer's pieces.
 
     Attributes:
-      family: 'siglip', 'paligemma' (1 and 2), or one of DECODERS.
+      family: one of TOWERS, 'paligemma' (1 and 2), or one of DECODERS.
       model: the sizes, as a config says them.
       settings: the preprocessing, as a config says it.
       vocab_size: rows of the token table.
@@ -160,7 +160,7 @@ def from_shapes(weights: LazyWeights) -> Pretrained:
         model, image_size, max_patches = config.Model(), config.Contract().image_size, 0
         if 'img' in tops:
             if len(shapes['img/embedding/kernel']) == 2:
-                image, max_patches = _naflex_tower(shapes), _NAFLEX_PATCHES
+                image, max_patches = _naflex_tower(shapes), NAFLEX_PATCHES
             else:
                 image, image_size = _image_tower(shapes, pooled=family == 'siglip')
             model = dataclasses.replace(model, image=image)
@@ -185,7 +185,14 @@ def from_shapes(weights: LazyWeights) -> Pretrained:
         text_length=text_length,
         lower=family == 'siglip',
     )
+    if family == 'siglip':
+        family = towers_family(settings)
     return Pretrained(family, model, settings, rows, weights).check()
+
+
+def towers_family(settings: config.Contract) -> str:
+    """Of a dual encoder with this preprocessing, one of TOWERS."""
+    return 'siglip2' if settings.max_patches else 'siglip'
 
 
 def paligemma_text_length(image_size: int) -> int:

@@ -179,6 +179,7 @@ class Optimizer:
     weight_decay: Amount = 0.0  # per step, times the learning rate
     clip: Amount = 1.0  # global gradient norm; 0: no clipping
     schedule: Literal['cosine', 'linear', 'constant', 'rsqrt'] = 'cosine'  # after the warmup, down to 0
+    curve: tuple[float, float] = (0.0, 1.0)  # the part of a cosine or a line that the stage runs through
     warmup: Duration = Duration()  # linear, from 0
     rules: tuple[tuple[str, ParamRule], ...] = ()  # (regex over the whole path, dict); the first match wins
     ema_decay: Amount = 0.0  # moving average of the parameters, per step; 0: none is kept

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from big_vlm.config.errors import UserError, unknown
-from big_vlm.config.schema import Contract, Duration, Stage
+from big_vlm.config.schema import Contract, Duration, Optimizer, Stage
 
 
 def validate(config: Any) -> dict[str, Stage]:
@@ -75,6 +75,13 @@ def parse_stage(config: Any, where: str = 'config', *, trained: bool = True) -> 
     for name in ('b1', 'b2', 'ema_decay'):
         if getattr(stage.optimizer, name) >= 1:
             raise UserError(f'{where}.optimizer.{name}: must be below 1, got {getattr(stage.optimizer, name)}')
+    start, end = stage.optimizer.curve
+    if not 0 <= start < end <= 1:
+        raise UserError(f'{where}.optimizer.curve: must rise between 0 and 1, got {stage.optimizer.curve}')
+    if (start, end) != Optimizer.curve and stage.optimizer.schedule not in ('cosine', 'linear'):
+        raise UserError(
+            f"{where}.optimizer.curve: schedule='{stage.optimizer.schedule}' has no end to be part of; leave curve out"
+        )
     for name, evaluation in stage.evals.items():
         if evaluation.kind == 'zero_shot' and not (evaluation.classes and evaluation.templates):
             raise UserError(f'{where}.evals.{name}: zero_shot needs classes and templates')

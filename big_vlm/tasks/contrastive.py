@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,8 @@ class Contrastive:
       mesh: the devices around which the ring loss passes text embeddings; None needs `loss_form='dense'`.
 
     Raises:
-      UserError: an unknown loss, variant or pool; a direction for a loss that has none.
+      UserError: an unknown loss, variant or pool; a direction for a loss that has none; a first logit scale above the
+        largest.
     """
 
     kind = 'contrastive'
@@ -42,6 +44,13 @@ class Contrastive:
                 f"model.direction={stage.model.direction!r} is for model.loss='softmax', and model.loss is "
                 f"{stage.model.loss!r}: the sigmoid loss has no direction, leave model.direction at 'both'"
             )
+        most = stage.model.max_logit_scale
+        if most and stage.model.init_t > math.log(most) + 1e-6:
+            raise config.UserError(
+                f'model.init_t={stage.model.init_t:g}: the logit scale begins at {math.exp(stage.model.init_t):g}, '
+                f'above model.max_logit_scale={most:g}: take init_t={math.log(most):g} or less'
+            )
+        self.max_t = math.log(most) if most else math.inf
         self.loss_name, self.direction, self.loss_form = stage.model.loss, stage.model.direction, stage.model.loss_form
         self.contract, self.mesh = contract, mesh
         self.dtype = jnp.dtype(stage.model.dtype)
@@ -100,6 +109,18 @@ class Contrastive:
         zimg, ztxt, stats = self.embed(params, stats, batch, rng)
         loss, metrics = self.loss_from_embeddings(params, zimg, ztxt)
         return loss, (metrics, stats)
+
+    def constrain(self, params: dict) -> dict:
+        """The parameters of a step, once they are updated: `t` at or below log(`model.max_logit_scale`).
+
+        CLIP clips its temperature so that logits are not scaled by more than 100 (Radford et al. 2021, section 2.5).
+        As in open_clip, it is the parameter that is clipped, after every step: the loss and its gradients are what they
+        are without a limit, so a scale at the limit comes down again as soon as the loss asks for it. open_clip holds
+        the scale above 1 as well, of which the paper says nothing.
+        """
+        if math.isinf(self.max_t):
+            return params
+        return params | {'t': jnp.minimum(params['t'], self.max_t)}
 
     @property
     def predict(self) -> dict[str, Callable[..., Any]]:

@@ -100,7 +100,8 @@ def _evals(args: dict, made: ConfigDict) -> dict:
     retrieval, zero_shot = (_scored(args, name) for name in ('retrieval', 'zero_shot'))
     for name, needs in (('label', zero_shot), ('classes', zero_shot), ('eval_split', retrieval or zero_shot)):
         if args[name] and not needs:
-            raise ValueError(f'{name}={args[name]} has no effect: give zero_shot=DATASET')
+            either = 'retrieval=DATASET or ' if name == 'eval_split' else ''
+            raise ValueError(f'{name}={args[name]} has no effect: give {either}zero_shot=DATASET')
     if retrieval:
         field, pipeline = _text(args, retrieval), looks
         if '/' in field:

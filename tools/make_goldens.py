@@ -23,7 +23,7 @@ GEMMA2 |= dict(num_hidden_layers=3)
 GEMMA3 = dict(num_hidden_layers=7, num_key_value_heads=1, sliding_window=4, query_pre_attn_scalar=8)
 GEMMA3 |= dict(rope_scaling={'rope_type': 'linear', 'factor': 8.0})
 PIXELS, TEXT = 14, 7
-PICTURES = ((20, 10), (9, 40), (16, 16))  # which fill 4×2, 1×5 and 3×3 of ten patches, or nearly
+PICTURES = ((20, 10), (9, 40), (16, 16))  # 4×2, 2×5 and 3×3 of ten patches
 WORDS = ('a red three in the top left', 'two blue circles', 'what is green ?', 'how many digits are there ?')
 
 

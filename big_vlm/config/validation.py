@@ -63,8 +63,6 @@ def parse_stage(config: Any, where: str = 'config', *, trained: bool = True) -> 
         _trainable(stage, where)
     if stage.contract.value_range[0] >= stage.contract.value_range[1]:
         raise UserError(f'{where}.contract.value_range: must rise, got {stage.contract.value_range}')
-    if stage.contract.max_patches and stage.task != 'contrastive':
-        raise UserError(f'{where}.contract.max_patches: NaFlex is for contrastive stages, this one is {stage.task}')
     if stage.contract.image_alone and stage.task != 'generative':
         raise UserError(f'{where}.contract.image_alone: a {stage.task} stage has no prompts; leave it out')
     if stage.contract.max_patches and stage.contract.image_size != Contract.image_size:

@@ -188,8 +188,8 @@ def detect(example: Example, context: 'Context', what: Literal['object', 'digit'
 def tokenize(example: Example, context: 'Context') -> None:
     """The decoder's rows (`prompts.generative_row`) from `prefix` and, in training, `suffix` and further turns.
 
-    The picture gets its leading axis of one image, and `image_mask`. A prompt that does not fit is a bad example in
-    training and an error in evaluation.
+    The picture gets its leading axis of one image, and `image_mask`; where it is NaFlex's, image slots without a patch
+    become padding. A prompt that does not fit is a bad example in training and an error in evaluation.
     """
     encode = context.tokenizer.encode
     last = _field(example, 'prefix'), _field(example, 'suffix') if context.train else None
@@ -197,13 +197,19 @@ def tokenize(example: Example, context: 'Context') -> None:
     try:
         answer = None if suffix is None else encode(suffix)
         more = [tuple(map(encode, turn)) for turn in more]
-        example.update(prompts.generative_row(encode(prefix), answer, context.contract, more))
+        row = prompts.generative_row(encode(prefix), answer, context.contract, more)
     except prompts.TooLong as error:
         if context.train:
             raise ValueError(str(error)) from error
         raise
-    example['image'] = _field(example, 'image')[None]
-    example['image_mask'] = np.ones(1, bool)
+    if count := context.contract.max_patches:
+        if 'patches' not in example:
+            raise UserError(f'tokenize before naflex: write naflex({count}) first')
+        example.update(prompts.shorter_image(row, int(example['patch_mask'].sum()), context.contract))
+    else:
+        example.update(row)
+        example['image'] = _field(example, 'image')[None]
+        example['image_mask'] = np.ones(1, bool)
 
 
 _ALL = (

@@ -267,6 +267,7 @@ def _expressible(model: Pretrained) -> None:
             ('model.embed_dim', sections.embed_dim or width, width),
         ]
     else:
+        needs.append(('contract.max_patches', model.settings.max_patches, 0))
         needs.append(('model.projector', sections.projector, 'linear'))
         needs.append(('contract.image_alone', model.settings.image_alone, False))
         needs.append(('model.image.head_bias', sections.image.head_bias, True))

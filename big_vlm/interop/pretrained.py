@@ -131,7 +131,8 @@ def _build(family: str, model: config.Model, settings: config.Contract, vocab_si
         decoder = gemma.Gemma(vocab_size=vocab_size, **dataclasses.asdict(model.decoder))
         _ = decoder.sizes
         return decoder
-    return paligemma.from_config(model, image_size=settings.image_size, vocab_size=vocab_size)
+    where = dict(image_size=settings.image_size, max_patches=settings.max_patches)
+    return paligemma.from_config(model, vocab_size=vocab_size, **where)
 
 
 def from_shapes(weights: LazyWeights) -> Pretrained:
@@ -160,9 +161,11 @@ def from_shapes(weights: LazyWeights) -> Pretrained:
         model, image_size, max_patches = config.Model(), config.Contract().image_size, 0
         if 'img' in tops:
             if len(shapes['img/embedding/kernel']) == 2:
-                image, max_patches = _naflex_tower(shapes), NAFLEX_PATCHES
+                image, max_patches = _naflex_tower(shapes, pooled=family == 'siglip'), NAFLEX_PATCHES
             else:
                 image, image_size = _image_tower(shapes, pooled=family == 'siglip')
+            if 'img/head/kernel' in shapes:
+                image = dataclasses.replace(image, head_bias='img/head/bias' in shapes)
             model = dataclasses.replace(model, image=image)
         if family == 'siglip':
             model = dataclasses.replace(
@@ -171,7 +174,7 @@ def from_shapes(weights: LazyWeights) -> Pretrained:
             text_length, rows = shapes['txt/pos_embedding'][1], shapes[TOKENS['txt']][0]
         else:
             text_length, rows = paligemma_text_length(image_size), shapes[TOKENS['llm']][0]
-            slots = shapes[POSITION][1] + text_length if 'img' in tops else 0
+            slots = (max_patches or shapes[POSITION][1]) + text_length if 'img' in tops else 0
             model = dataclasses.replace(model, decoder=_decoder(shapes, slots))
     except KeyError as error:
         raise UserError(f'{weights.where} is not a {family}: {error.args[0]} is missing') from None
@@ -247,16 +250,14 @@ def _image_tower(shapes: Mapping[str, tuple[int, ...]], pooled: bool) -> tuple[c
     pool = 'map' if 'img/MAPHead_0/probe' in shapes else 'tok' if 'img/cls' in shapes else 'gap'
     pool = pool if pooled else 'none'
     tower = image_tower(patch, pool=pool, **_encoder(shapes, 'img/Transformer/'))
-    if 'img/head/kernel' in shapes:
-        tower = dataclasses.replace(tower, head_bias='img/head/bias' in shapes)
     patches = shapes[POSITION][1]
     return tower, _IMAGE_SIZES.get((patch, patches), math.isqrt(patches) * patch)
 
 
-def _naflex_tower(shapes: Mapping[str, tuple[int, ...]]) -> config.ImageTower:
+def _naflex_tower(shapes: Mapping[str, tuple[int, ...]], pooled: bool) -> config.ImageTower:
     patch = math.isqrt(shapes['img/embedding/kernel'][0] // 3)
     pool = 'map' if 'img/MAPHead_0/probe' in shapes else 'gap'
-    return image_tower(patch, pool=pool, **_encoder(shapes, 'img/Transformer/'))
+    return image_tower(patch, pool=pool if pooled else 'none', **_encoder(shapes, 'img/Transformer/'))
 
 
 def _text_tower(shapes: Mapping[str, tuple[int, ...]]) -> config.TextTower:

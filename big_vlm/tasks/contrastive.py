@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 from big_vlm import config
 from big_vlm.data.contract import Contract
 from big_vlm.models import two_towers
-from big_vlm.ops import contrastive, pixels
+from big_vlm.ops import contrastive
+from big_vlm.tasks import images
 
 LOSSES = ('sigmoid', 'softmax')
 
@@ -77,7 +78,7 @@ class Contrastive:
         """(zimg float32 [B,E], ztxt float32 [B,E], stats), rows of length 1. `rng` None switches training off."""
         zimg, ztxt, out = self.model.apply(
             params,
-            self._image(batch),
+            images.of(batch, self.contract, self.dtype),
             batch['text'],
             batch.get('text_mask'),
             stats=stats,
@@ -130,18 +131,9 @@ class Contrastive:
         """
 
         def embed_image(weights, batch):
-            return self.model.apply(weights, image=self._image(batch))[0]
+            return self.model.apply(weights, image=images.of(batch, self.contract, self.dtype))[0]
 
         def embed_text(weights, batch):
             return self.model.apply(weights, text=batch['text'], text_mask=batch.get('text_mask'))[1]
 
         return {'embed_image': embed_image, 'embed_text': embed_text}
-
-    def _image(self, batch):
-        count, as_the_model_reads = self.contract.max_patches, (self.contract.value_range, self.dtype)
-        if not count:
-            return pixels.to_model_range(batch['image'], *as_the_model_reads)
-        if 'patches' not in batch:
-            raise config.UserError(f'the pipeline makes no patches: add naflex({count})')
-        patches = pixels.to_model_range(batch['patches'], *as_the_model_reads)
-        return patches, batch['patch_mask'], batch['patch_grid']

@@ -2,12 +2,13 @@
 
 From the paper: batches of 32,768, 32 epochs of 400 M pairs, 49,408 pieces, weight decay 0.2, 2,000 steps of warmup, b1
 0.9, b2 0.98, epsilon 1e-6 (table 18); learning rate 5e-4, joint width 512, 224 px, a text tower of 12 layers, width 512
-and 8 heads (table 20); decay of all weights that are not gains or biases, cosine, temperature 0.07 at first (section
-2.5); a causal text tower that pools its end token, in lower case (2.4). 77 tokens are the code's; the paper says 76.
+and 8 heads (table 20); decay of all weights that are not gains or biases, cosine, temperature 0.07 at first, logits
+scaled by 100 at most (section 2.5); a causal text tower that pools its end token, in lower case (2.4). 77 tokens are
+the code's; the paper says 76.
 
-Different here: the logit scale is not held below 100; images are resized to a square, not cropped at random, and pixels
-range over -1 … 1, not by mean and deviation; the ViT has no norm before its first layer, and GELU is the tanh one; the
-tokenizer is SentencePiece, not CLIP's byte pairs. The paper mentions no gradient clipping. WIT, its data, is private.
+Different here: images are resized to a square, not cropped at random, and pixels range over -1 … 1, not by mean and
+deviation; the ViT has no norm before its first layer, and GELU is the tanh one; the tokenizer is SentencePiece, not
+CLIP's byte pairs. The paper mentions no gradient clipping. WIT, its data, is private.
 
     --config=configs/clip_b16.py:data=photos/captions.jsonl
     --config=configs/clip_b16.py:runlocal
@@ -21,7 +22,7 @@ from configs import recipe
 
 
 def get_config(arg: str = '') -> ConfigDict:
-    args = recipe.parse(arg)
+    args = recipe.parse(arg, **recipe.SCORED)
     return recipe.run(args, pretrain=stage(args, dict(variant='B/16', pool='tok'), embed_dim=512, b2=0.98, eps=1e-6))
 
 
@@ -40,6 +41,7 @@ def stage(args: dict, image: dict, embed_dim: int, b2: float, eps: float) -> Con
             text=text,
             embed_dim=embed_dim,
             init_t=math.log(1 / 0.07),
+            max_logit_scale=100.0,
             loss='softmax',
             loss_form='ring',
             dtype='bfloat16',

@@ -16,7 +16,7 @@ from configs import clip_b16, recipe
 
 
 def get_config(arg: str = '') -> ConfigDict:
-    args = recipe.parse(arg)
+    args = recipe.parse(arg, **recipe.SCORED)
     return recipe.run(
         args, pretrain=clip_b16.stage(args, dict(variant='R50', pool='gap'), embed_dim=1024, b2=0.999, eps=1e-8)
     )

@@ -18,7 +18,7 @@ from configs import recipe
 
 
 def get_config(arg: str = '') -> ConfigDict:
-    args = recipe.parse(arg, image='', pool='map')
+    args = recipe.parse(arg, **recipe.SCORED, image='', pool='map')
     stage = recipe.stage(
         args,
         task='contrastive',

@@ -1,4 +1,4 @@
-"""What the recipes of published models share: their arguments, their data, and their size on a laptop.
+"""What the recipes of published models share: their arguments, their data, their scores, their size on a laptop.
 
 Every recipe takes, after the colon of its name and separated by commas:
 
@@ -11,6 +11,15 @@ Every recipe takes, after the colon of its name and separated by commas:
     seed=0
     runlocal                two steps of a tiny model per stage, on digit scenes unless `data` is given
 
+A recipe with a dual encoder is scored every 10,000 steps and at the end, and takes:
+
+    retrieval=coco_captions  whose texts and images have to find each other, the first 5,000; if not given, what `data`
+                             holds out (coco_captions, digit_scenes), or nothing, as is retrieval=none
+    zero_shot=cifar10        whose images are classified; if not given, digit_scenes if `data` is, as zero_shot=none
+    label=label              of other data, the field with the class, by name or index
+    classes=a cat+a dog      of other data, all classes
+    eval_split=validation    of both; else the usual one of a name known here, and `train` of FILE.jsonl
+
 A number without a source is ours. A tokenizer has 1,152 pieces for places and shapes besides those of its file, so text
 towers have as many rows more than the published ones.
 """
@@ -18,14 +27,19 @@ towers have as many rows more than the published ones.
 from ml_collections import ConfigDict
 
 from configs.arguments import parse_arg
+from configs.quickstart import COLORS, DIGITS
+
+SCORED = dict(retrieval='', zero_shot='', label='', classes='', eval_split='')
+SPLITS = {'coco_captions': 'val', 'cifar10': 'test'}
+NAFLEX = (128, 256, 576, 784, 1024)  # SigLIP 2's lengths (arXiv 2502.14786, section 2.4.2)
+CIFAR10 = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 
 
 def parse(arg: str, **own) -> dict:
-    """The arguments above and a recipe's `own`, given with their defaults, which may replace the above."""
+    """The arguments of every recipe and its `own`, SCORED among them, with their defaults, which may replace those."""
     shared = dict(data='', split='train', text='', data_dir='', tokenizer='', fsdp=1, seed=0, runlocal=False)
     args = parse_arg(arg, **shared | own)
     args['data'] = args['data'] or ('digit_scenes/cells_tiny' if args['runlocal'] else 'coco_captions')
-    args['text'] = args['text'] or ('captions/text' if args['data'].startswith('coco_captions') else 'caption')
     return args
 
 
@@ -44,6 +58,8 @@ def run(args: dict, **stages: ConfigDict) -> ConfigDict:
             _shrink(made)
         source = dict(dataset=args['data'], split=args['split'], pipeline=_pipeline(args, made))
         made.data = dict(data_dir=args['data_dir'], sources=dict(data=source))
+        if made.task == 'contrastive':
+            made.evals = _evals(args, made)
     return ConfigDict(dict(stages=tuple(stages), **stages))
 
 
@@ -55,7 +71,7 @@ def path(args: dict, name: str) -> str:
 
 
 def _pipeline(args: dict, made: ConfigDict) -> str:
-    steps, field = ['decode', f'resize({made.contract.image_size})'], args['text']
+    steps, field = [_looks(made, NAFLEX)], _text(args, args['data'])
     if '/' in field:
         steps.append(f'choice({field!r}, "drawn")')
         field = 'drawn'
@@ -66,6 +82,60 @@ def _pipeline(args: dict, made: ConfigDict) -> str:
     return ' | '.join(steps)
 
 
+def _looks(made: ConfigDict, lengths: tuple[int, ...]) -> str:
+    """From bytes to pixels; a NaFlex model's pictures are as long as one of `lengths`, of rows of 1,024."""
+    most = made.contract.get('max_patches', 0)
+    if not most:
+        return f'decode | resize({made.contract.image_size})'
+    return f'decode | naflex({", ".join(str(n) for n in (most, *(n * most // NAFLEX[-1] for n in lengths)))})'
+
+
+def _text(args: dict, dataset: str) -> str:
+    return args['text'] or ('captions/text' if dataset.startswith('coco_captions') else 'caption')
+
+
+def _evals(args: dict, made: ConfigDict) -> dict:
+    """What the arguments ask for, or the data holds out."""
+    looks, evals = _looks(made, (256,)), {}
+    retrieval, zero_shot = (_scored(args, name) for name in ('retrieval', 'zero_shot'))
+    for name, needs in (('label', zero_shot), ('classes', zero_shot), ('eval_split', retrieval or zero_shot)):
+        if args[name] and not needs:
+            either = 'retrieval=DATASET or ' if name == 'eval_split' else ''
+            raise ValueError(f'{name}={args[name]} has no effect: give {either}zero_shot=DATASET')
+    if retrieval:
+        field, pipeline = _text(args, retrieval), looks
+        if '/' in field:
+            field, pipeline = 'first', f'{looks} | first({field!r}, "first")'
+        evals['retrieval'] = _eval(args, made, retrieval, 'retrieval', pipeline, field) | dict(examples=5000)
+    if zero_shot.startswith('digit_scenes') and not (args['label'] or args['classes']):
+        pipeline = f'{looks} | first("objects/color", "color")'
+        evals['zero_shot'] = _eval(args, made, zero_shot, 'zero_shot', pipeline, 'color')
+        evals['zero_shot'].update(where=dict(num_digits=1), classes=COLORS)
+        evals['zero_shot']['templates'] = tuple(f'a {{}} {digit} in the center' for digit in DIGITS)
+    elif zero_shot:
+        classes = tuple(args['classes'].split('+')) if args['classes'] else CIFAR10 if zero_shot == 'cifar10' else ()
+        if not classes:
+            raise ValueError(f'zero_shot={zero_shot}: name its classes: classes=a cat+a dog')
+        evals['zero_shot'] = _eval(args, made, zero_shot, 'zero_shot', looks, args['label'] or 'label')
+        evals['zero_shot'].update(classes=classes, templates=('a photo of {}',))
+    return evals
+
+
+def _scored(args: dict, name: str) -> str:
+    """The dataset of an evaluation, '' for none."""
+    if args[name]:
+        return '' if args[name] == 'none' else args[name]
+    held_out = ('digit_scenes', 'coco_captions') if name == 'retrieval' else ('digit_scenes',)
+    return args['data'] if args['data'].split('/')[0] in held_out else ''
+
+
+def _eval(args: dict, made: ConfigDict, dataset: str, kind: str, pipeline: str, label: str) -> dict:
+    split = 'train' if dataset.endswith('.jsonl') else SPLITS.get(dataset.split('/')[0], 'validation')
+    split, batch_size = args['eval_split'] or split, min(made.batch_size, 1024)
+    settings = dict(dataset=dataset, split=split, pipeline=pipeline, label=label, batch_size=batch_size)
+    return dict(kind=kind, every=10_000, **settings)
+
+
 def _shrink(made: ConfigDict) -> None:
     """Two steps that a laptop takes in seconds, through the same kinds of layers."""
     made.total = dict(steps=2)
@@ -73,7 +143,10 @@ def _shrink(made: ConfigDict) -> None:
     made.log_every = 1
     made.mesh.fsdp = 1
     made.tokenizer.vocab_size = 512
-    made.contract.image_size //= 8
+    if 'max_patches' in made.contract:
+        made.contract.max_patches //= 64
+    else:
+        made.contract.image_size //= 8
     made.contract.text_length = 32
     made.optimizer.warmup = dict(steps=1)
     model = made.model

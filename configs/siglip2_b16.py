@@ -18,6 +18,6 @@ from configs import recipe, siglip_b16
 
 
 def get_config(arg: str = '') -> ConfigDict:
-    args = recipe.parse(arg)
+    args = recipe.parse(arg, **recipe.SCORED)
     towers = dict(image=dict(variant='B/16'), text=dict(variant='B'))
     return recipe.run(args, pretrain=siglip_b16.stage(args, towers, image_size=256, vocab_size=256_000))

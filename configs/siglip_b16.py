@@ -21,7 +21,7 @@ BILLION = 1_000_000_000
 
 
 def get_config(arg: str = '') -> ConfigDict:
-    args = recipe.parse(arg)
+    args = recipe.parse(arg, **recipe.SCORED)
     return stages(args, dict(image=dict(variant='B/16'), text=dict(variant='B')), image_size=256)
 
 

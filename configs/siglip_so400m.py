@@ -12,6 +12,6 @@ from configs import recipe, siglip_b16
 
 
 def get_config(arg: str = '') -> ConfigDict:
-    args = recipe.parse(arg, fsdp=8)
+    args = recipe.parse(arg, **recipe.SCORED, fsdp=8)
     towers = dict(image=dict(variant='So400m/14'), text=dict(variant='So400m'))
     return siglip_b16.stages(args, towers, image_size=224)

@@ -23,6 +23,7 @@ GEMMA2 |= dict(num_hidden_layers=3)
 GEMMA3 = dict(num_hidden_layers=7, num_key_value_heads=1, sliding_window=4, query_pre_attn_scalar=8)
 GEMMA3 |= dict(rope_scaling={'rope_type': 'linear', 'factor': 8.0})
 PIXELS, TEXT = 14, 7
+PICTURES = ((20, 10), (9, 40), (16, 16))  # 4×2, 2×5 and 3×3 of ten patches
 WORDS = ('a red three in the top left', 'two blue circles', 'what is green ?', 'how many digits are there ?')
 
 
@@ -31,8 +32,8 @@ def make(folder: pathlib.Path) -> None:
     import torch
 
     torch.use_deterministic_algorithms(True)
-    makers = dict(siglip=_siglip, siglip2=_siglip2, paligemma=_paligemma, paligemma2=_paligemma2)
-    makers |= dict(gemma=_gemma, gemma2=_gemma2, gemma3=_gemma3)
+    makers = dict(siglip=_siglip, siglip2=_siglip2, siglip2_naflex=_siglip2_naflex)
+    makers |= dict(paligemma=_paligemma, paligemma2=_paligemma2, gemma=_gemma, gemma2=_gemma2, gemma3=_gemma3)
     for name, golden in makers.items():
         path = folder / name
         path.mkdir(parents=True, exist_ok=True)
@@ -57,35 +58,66 @@ def _siglip(folder):
     """SigLIP 1: pieces without a start token, padding with the end token."""
     pieces = _unigram(folder / 'spiece.model')
     text = ENCODER | dict(hidden_size=16, vocab_size=pieces, max_position_embeddings=TEXT)
-    _two_towers(folder, text | dict(pad_token_id=1, eos_token_id=1, bos_token_id=None))
+    _squares(folder, text | dict(pad_token_id=1, eos_token_id=1, bos_token_id=None))
 
 
 def _siglip2(folder):
     """SigLIP 2 of fixed resolution: Gemma's kind of pieces, a text tower of another width, weights in shards."""
+    _squares(folder, _text_of_siglip2(folder), max_shard_size='20KB')
+
+
+def _siglip2_naflex(folder):
+    """SigLIP 2's NaFlex: pictures of three shapes in rows of ten patches, as the image processor makes them."""
+    import numpy as np
+    import torch
+    import transformers
+    from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
+
+    vision = ENCODER | dict(hidden_size=16, patch_size=VISION['patch_size'], num_patches=256)
+    config = transformers.Siglip2Config(text_config=_text_of_siglip2(folder), vision_config=vision)
+    processor = Siglip2ImageProcessorPil(patch_size=VISION['patch_size'], max_num_patches=10)
+    processor.save_pretrained(folder)
+    rng = np.random.default_rng(1)
+    pictures = [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in PICTURES]
+    pixels = processor(pictures, return_tensors='np')
+    saved = {f'picture_{i}': picture for i, picture in enumerate(pictures)}
+    pixels = {name: torch.tensor(value) for name, value in pixels.items()}
+    _two_towers(folder, transformers.Siglip2Model(config), rng, pixels, saved | pixels)
+
+
+def _text_of_siglip2(folder):
     pieces = _bytes_and_pieces(folder / 'tokenizer.model')
     text = ENCODER | dict(hidden_size=24, projection_size=16, vocab_size=pieces, max_position_embeddings=TEXT)
-    _two_towers(folder, text | dict(pad_token_id=0, eos_token_id=1, bos_token_id=2), max_shard_size='20KB')
+    return text | dict(pad_token_id=0, eos_token_id=1, bos_token_id=2)
 
 
-def _two_towers(folder, text_config, **saving):
+def _squares(folder, text_config, **saving):
     import numpy as np
     import torch
     import transformers
 
     model = transformers.SiglipModel(transformers.SiglipConfig(text_config=text_config, vision_config=VISION))
-    randomize(model).save_pretrained(folder, **saving)
     rng = np.random.default_rng(1)
     image = _image(rng)
-    text = rng.integers(3, text_config['vocab_size'], (2, TEXT)).astype(np.int32)
-    text[1, 4:] = text_config['pad_token_id']  # attended to, as SigLIP does
+    pixels = dict(pixel_values=torch.tensor(image.transpose(0, 3, 1, 2)))
+    _two_towers(folder, model, rng, pixels, dict(image=image), **saving)
+
+
+def _two_towers(folder, model, rng, pixels, saved, **saving):
+    import torch
+
+    randomize(model).save_pretrained(folder, **saving)
+    config = model.config.text_config
+    text = rng.integers(3, config.vocab_size, (len(pixels['pixel_values']), TEXT)).astype('int32')
+    text[1, 4:] = config.pad_token_id  # attended to, as SigLIP does
     with torch.no_grad():
-        pixels, ids = torch.tensor(image.transpose(0, 3, 1, 2)), torch.tensor(text).long()
-        out = model(input_ids=ids, pixel_values=pixels)
-        image_out = model.vision_model(pixels, output_hidden_states=True)
+        ids = torch.tensor(text).long()
+        out = model(input_ids=ids, **pixels)
+        image_out = model.vision_model(**pixels, output_hidden_states=True)
         text_out = model.text_model(ids, output_hidden_states=True)
     _save(
         folder,
-        image=image,
+        **saved,
         text=text,
         image_blocks=torch.stack(image_out.hidden_states[1:]),
         text_blocks=torch.stack(text_out.hidden_states[1:]),

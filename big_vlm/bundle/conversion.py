@@ -18,7 +18,7 @@ from big_vlm.data.contract import Contract
 from big_vlm.data.tokenizer import Tokenizer
 from big_vlm.interop import big_vision, hugging_face
 from big_vlm.interop.lazy import LazyWeights
-from big_vlm.interop.pretrained import DECODERS, POSITION, Pretrained
+from big_vlm.interop.pretrained import DECODERS, POSITION, Pretrained, towers_family
 from big_vlm.models import vit
 from big_vlm.ops import position_resize
 
@@ -122,7 +122,7 @@ def _open(source: str | os.PathLike) -> tuple[Pretrained, str]:
             few.update(load([small for small in shapes if shapes[small].size < _SMALL]))
         return few[name]
 
-    family = {'contrastive': 'siglip', 'generative': 'paligemma'}[stage.task]
+    family = towers_family(stage.contract) if stage.task == 'contrastive' else 'paligemma'
     lazy = LazyWeights(shapes, read, str(path))
     model = Pretrained(family, stage.model, stage.contract, contract.vocab_size, lazy, path / 'tokenizer.model')
     return model.check(), 'bundle'

@@ -114,6 +114,10 @@ def _functions(model: Bundle, max_new_tokens: int) -> tuple[_Arrays, dict[str, t
         return jax.ShapeDtypeStruct((batch, *shape), dtype)
 
     side = contract.image_size
+    image = {'image': array(jnp.uint8, side, side, 3)}
+    if count := contract.max_patches:
+        image = {'patches': array(jnp.uint8, count, 3 * contract.patch_size**2)}
+        image |= {'patch_mask': array(jnp.bool_, count), 'patch_grid': array(jnp.int32, 2)}
     if model.stage.task == 'contrastive':
         structure = model.params
 
@@ -123,10 +127,6 @@ def _functions(model: Bundle, max_new_tokens: int) -> tuple[_Arrays, dict[str, t
         def embed_text(weights, inputs):
             return {'embedding': predict['embed_text'](trees.like(structure, weights), inputs)}
 
-        image = {'image': array(jnp.uint8, side, side, 3)}
-        if count := contract.max_patches:
-            image = {'patches': array(jnp.uint8, count, 3 * contract.patch_size**2)}
-            image |= {'patch_mask': array(jnp.bool_, count), 'patch_grid': array(jnp.int32, 2)}
         text = {'text': array(jnp.int32, contract.text_length), 'text_mask': array(jnp.bool_, contract.text_length)}
         return trees.flat(structure), {
             'embed_image': (embed_image, image),
@@ -149,8 +149,9 @@ def _functions(model: Bundle, max_new_tokens: int) -> tuple[_Arrays, dict[str, t
         logits, cache = predict['decode_step'](trees.like(structure, weights), cache, inputs['token'])
         return {'logits': logits} | _flat_cache(cache)
 
-    prompt = {'image': array(jnp.uint8, 1, side, side, 3), 'image_mask': array(jnp.bool_, 1)}
-    prompt |= {name: array(jnp.int32, length) for name in ('text', 'segment', 'position', 'mask_ar')}
+    if not contract.max_patches:
+        image = {'image': array(jnp.uint8, 1, side, side, 3), 'image_mask': array(jnp.bool_, 1)}
+    prompt = image | {name: array(jnp.int32, length) for name in ('text', 'segment', 'position', 'mask_ar')}
     _, cache = jax.eval_shape(lambda *inputs: predict['prefill'](*inputs, cache_size), structure, prompt)
     rings = [layer.ring for layer in cache.layers]
     return trees.flat(structure), {

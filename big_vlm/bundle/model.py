@@ -210,6 +210,8 @@ class Bundle:
                 if last[0] is not images[i]:  # one image for many prompts is read once
                     last = images[i], self._prepared(images[i], _name(images[i], i))
                 if self.contract.max_patches:
+                    if self.stage.task == 'generative':
+                        row |= prompt_rows.shorter_image(row, int(last[1]['patch_mask'].sum()), self.contract)
                     row |= last[1]
                 elif self.stage.task == 'generative':
                     row |= {'image': last[1][None], 'image_mask': np.array([True])}

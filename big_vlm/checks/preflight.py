@@ -168,12 +168,13 @@ def vocab_size(stage: Stage) -> int:
 def abstract_batch(stage: Stage, contract: Contract, mesh: Mesh, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of a training batch, without data."""
     picture = np.zeros((contract.image_size, contract.image_size, 3), np.uint8)
+    example = naflex.rows(picture, contract) if contract.max_patches else {'image': picture}
     if stage.task == tasks.Contrastive.kind:
         text, text_mask = prompts.contrastive_text([], contract)
-        example = naflex.rows(picture, contract) if contract.max_patches else {'image': picture}
         example |= {'text': text, 'text_mask': text_mask}
     else:
-        example = {'image': picture[None], 'image_mask': np.ones(1, bool)}
+        if not contract.max_patches:
+            example = {'image': picture[None], 'image_mask': np.ones(1, bool)}
         example |= prompts.generative_row([], None, contract)
     example['id'] = np.zeros(2, np.int32)
     sharding = meshes.batch_sharding(mesh)

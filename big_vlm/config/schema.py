@@ -125,6 +125,7 @@ class Model:
     image_tokens: Count = 0  # generative: to which 'pooled' averages the patches of an image, a square; 0: 256
     embed_dim: Count = 0  # contrastive: joint embedding width; 0: the image tower's
     init_t: float = math.log(10.0)  # contrastive: log of the logit scale at init; CLIP's is log(1 / 0.07)
+    max_logit_scale: Amount = 0.0  # contrastive: the logit scale is held at or below it (CLIP: 100); 0: it is free
     init_b: float = -10.0  # contrastive: logit bias at init; the softmax loss has none and leaves it there
     loss: str = 'sigmoid'  # contrastive: 'sigmoid' (SigLIP) or 'softmax' (CLIP)
     direction: Literal['both', 'image_to_text', 'text_to_image'] = 'both'  # softmax: which has to find the other
@@ -180,6 +181,7 @@ class Optimizer:
     weight_decay: Amount = 0.0  # per step, times the learning rate
     clip: Amount = 1.0  # global gradient norm; 0: no clipping
     schedule: Literal['cosine', 'linear', 'constant', 'rsqrt'] = 'cosine'  # after the warmup, down to 0
+    curve: tuple[float, float] = (0.0, 1.0)  # the part of a cosine or a line that the stage runs through
     warmup: Duration = Duration()  # linear, from 0
     rules: tuple[tuple[str, ParamRule], ...] = ()  # (regex over the whole path, dict); the first match wins
     ema_decay: Amount = 0.0  # moving average of the parameters, per step; 0: none is kept

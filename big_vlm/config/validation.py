@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from big_vlm.config.errors import UserError, unknown
-from big_vlm.config.schema import Contract, Duration, Stage
+from big_vlm.config.schema import Contract, Duration, Optimizer, Stage
 
 
 def validate(config: Any) -> dict[str, Stage]:
@@ -63,8 +63,6 @@ def parse_stage(config: Any, where: str = 'config', *, trained: bool = True) -> 
         _trainable(stage, where)
     if stage.contract.value_range[0] >= stage.contract.value_range[1]:
         raise UserError(f'{where}.contract.value_range: must rise, got {stage.contract.value_range}')
-    if stage.contract.max_patches and stage.task != 'contrastive':
-        raise UserError(f'{where}.contract.max_patches: NaFlex is for contrastive stages, this one is {stage.task}')
     if stage.contract.image_alone and stage.task != 'generative':
         raise UserError(f'{where}.contract.image_alone: a {stage.task} stage has no prompts; leave it out')
     if stage.contract.max_patches and stage.contract.image_size != Contract.image_size:
@@ -75,6 +73,13 @@ def parse_stage(config: Any, where: str = 'config', *, trained: bool = True) -> 
     for name in ('b1', 'b2', 'ema_decay'):
         if getattr(stage.optimizer, name) >= 1:
             raise UserError(f'{where}.optimizer.{name}: must be below 1, got {getattr(stage.optimizer, name)}')
+    start, end = stage.optimizer.curve
+    if not 0 <= start < end <= 1:
+        raise UserError(f'{where}.optimizer.curve: must rise between 0 and 1, got {stage.optimizer.curve}')
+    if (start, end) != Optimizer.curve and stage.optimizer.schedule not in ('cosine', 'linear'):
+        raise UserError(
+            f"{where}.optimizer.curve: schedule='{stage.optimizer.schedule}' has no end to be part of; leave curve out"
+        )
     for name, evaluation in stage.evals.items():
         if evaluation.kind == 'zero_shot' and not (evaluation.classes and evaluation.templates):
             raise UserError(f'{where}.evals.{name}: zero_shot needs classes and templates')

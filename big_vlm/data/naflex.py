@@ -22,8 +22,12 @@ def grid_of(height: int, width: int, max_patches: int) -> tuple[int, int]:
     return max((grid for grid in grids if grid[0] * grid[1] <= max_patches), key=lambda grid: grid[0] * grid[1])
 
 
-def rows(picture: np.ndarray, contract: Contract) -> dict[str, np.ndarray]:
+def rows(picture: np.ndarray, contract: Contract, length: int = 0) -> dict[str, np.ndarray]:
     """What a batch has of a picture uint8 [H,W,3], for N = `contract.max_patches` patches of p pixels.
+
+    Args:
+      picture, contract: see above.
+      length: of how many patches at most the picture is made; 0: N.
 
     Returns:
       patches: uint8 [N,p·p·3], row by row, the picture's first, then zeros; a patch is its pixels row by row.
@@ -31,7 +35,7 @@ def rows(picture: np.ndarray, contract: Contract) -> dict[str, np.ndarray]:
       patch_grid: int32 [2], its rows and columns.
     """
     p, count = contract.patch_size, contract.max_patches
-    grid = grid_of(*picture.shape[:2], count)
+    grid = grid_of(*picture.shape[:2], length or count)
     picture = images.resize(picture, (grid[0] * p, grid[1] * p), contract.resample, contract.antialias)
     patches = np.zeros((count, p * p * 3), np.uint8)
     patches[: grid[0] * grid[1]] = einops.rearrange(picture, '(h p) (w q) C -> (h w) (p q C)', p=p, q=p)
@@ -46,9 +50,11 @@ def picture(patches: np.ndarray, patch_grid: np.ndarray) -> np.ndarray:
     return einops.rearrange(patches[: height * width], '(h w) (p q C) -> (h p) (w q) C', h=height, p=p, q=p)
 
 
-def check(max_patches: int, contract: Any) -> None:
-    """Refuses another number of patches than the contract's: UserError."""
+def check(contract: Any, max_patches: int, *lengths: int) -> None:
+    """Refuses another number of patches than the contract's, and lengths beyond it: UserError."""
     if max_patches != contract.max_patches:
         raise UserError(
             f'naflex({max_patches}), but contract.max_patches is {contract.max_patches}: make them the same'
         )
+    if lengths and max(lengths) > max_patches:
+        raise UserError(f'naflex({max_patches}, … {max(lengths)}): a row has no more than {max_patches} patches')

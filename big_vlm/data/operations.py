@@ -53,13 +53,13 @@ def resize(
 ) -> None:
     """uint8 [H,W,3] → uint8 [size,size,3]; the contract decides what is left open."""
     contract = context.contract
-    check_size(size, contract)
+    check_size(contract, size)
     picture = _decoded(example, 'resize')
     smooth = contract.antialias if antialias is None else antialias
     example['image'] = images.resize(picture, size, method or contract.resample, smooth)
 
 
-def check_size(size: int, contract: Any) -> None:
+def check_size(contract: Any, size: int, *_: Any, **__: Any) -> None:
     """Refuses a resize to another size than the contract's: UserError."""
     if contract.max_patches:
         raise UserError(f'resize({size}), but contract.max_patches is set: write naflex({contract.max_patches})')
@@ -67,10 +67,17 @@ def check_size(size: int, contract: Any) -> None:
         raise UserError(f'resize({size}), but contract.image_size is {contract.image_size}: make them the same')
 
 
-def naflex(example: Example, context: 'Context', max_patches: int) -> None:
-    """uint8 [H,W,3] → `patches`, `patch_mask` and `patch_grid` instead of `image` (`naflex.rows`)."""
-    patches.check(max_patches, context.contract)
-    example.update(patches.rows(_decoded(example, 'naflex'), context.contract))
+def naflex(example: Example, context: 'Context', max_patches: int, *lengths: Annotated[int, 1]) -> None:
+    """uint8 [H,W,3] → `patches`, `patch_mask` and `patch_grid` instead of `image` (`naflex.rows`).
+
+    With `lengths`, of at most as many patches as one of them says, at random, in the same rows: the first if not in
+    training.
+    """
+    patches.check(context.contract, max_patches, *lengths)
+    length = 0
+    if lengths:
+        length = lengths[context.rng.integers(len(lengths)) if context.train else 0]
+    example.update(patches.rows(_decoded(example, 'naflex'), context.contract, length))
     del example['image']
 
 
@@ -181,8 +188,8 @@ def detect(example: Example, context: 'Context', what: Literal['object', 'digit'
 def tokenize(example: Example, context: 'Context') -> None:
     """The decoder's rows (`prompts.generative_row`) from `prefix` and, in training, `suffix` and further turns.
 
-    The picture gets its leading axis of one image, and `image_mask`. A prompt that does not fit is a bad example in
-    training and an error in evaluation.
+    The picture gets its leading axis of one image, and `image_mask`; where it is NaFlex's, image slots without a patch
+    become padding. A prompt that does not fit is a bad example in training and an error in evaluation.
     """
     encode = context.tokenizer.encode
     last = _field(example, 'prefix'), _field(example, 'suffix') if context.train else None
@@ -190,21 +197,27 @@ def tokenize(example: Example, context: 'Context') -> None:
     try:
         answer = None if suffix is None else encode(suffix)
         more = [tuple(map(encode, turn)) for turn in more]
-        example.update(prompts.generative_row(encode(prefix), answer, context.contract, more))
+        row = prompts.generative_row(encode(prefix), answer, context.contract, more)
     except prompts.TooLong as error:
         if context.train:
             raise ValueError(str(error)) from error
         raise
-    example['image'] = _field(example, 'image')[None]
-    example['image_mask'] = np.ones(1, bool)
+    if count := context.contract.max_patches:
+        if 'patches' not in example:
+            raise UserError(f'tokenize before naflex: write naflex({count}) first')
+        example.update(prompts.shorter_image(row, int(example['patch_mask'].sum()), context.contract))
+    else:
+        example.update(row)
+        example['image'] = _field(example, 'image')[None]
+        example['image_mask'] = np.ones(1, bool)
 
 
 _ALL = (
     decode, resize, naflex, shuffle_channels, text, first, choice,
     prefix, suffix, question, dialogue, also, detect, tokenize,
 )  # fmt: skip
-# Operations whose first argument the contract has to agree with.
-CHECKS: dict[str, Callable[[int, Any], None]] = {'resize': check_size, 'naflex': patches.check}
+# Operations whose arguments the contract has to agree with.
+CHECKS: dict[str, Callable[..., None]] = {'resize': check_size, 'naflex': patches.check}
 OPERATIONS: dict[str, Callable[..., None]] = {operation.__name__: operation for operation in _ALL}
 
 

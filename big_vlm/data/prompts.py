@@ -27,7 +27,7 @@ the same positions, as if it had a row of its own:
 With several turns, `mask_loss` weighs every answer the same, however long, and is 1 on average.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -102,3 +102,15 @@ def generative_row(
         'mask_ar': row(starts, 0, 0),
         'mask_loss': row(np.array(weights) * supervised / len(turns), 0, 0, np.float32),
     }
+
+
+def shorter_image(row: Mapping[str, np.ndarray], patches: int, contract: Contract) -> dict[str, np.ndarray]:
+    """A row of `generative_row` about an image that fills only so many image slots, as NaFlex's may.
+
+    The slots that it leaves are padding, and the text goes on counting where the image ends: with 3 image slots, of
+    which 2 are filled, segments 1 1 1 1 1 and positions 0 1 2 3 4 become 1 1 0 1 1 and 0 1 0 2 3.
+    """
+    slot, images = np.arange(len(row['segment']), dtype=np.int32), contract.image_tokens
+    segment = np.where((slot >= patches) & (slot < images), 0, row['segment'])
+    position = row['position'] - np.where(slot < images, 0, images - patches).astype(np.int32)
+    return {**row, 'segment': segment, 'position': np.where(segment == 0, 0, position)}

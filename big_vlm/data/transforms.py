@@ -61,8 +61,7 @@ class Pipeline:
         for name, args, kwargs in self._steps:
             if name in operations.CHECKS:
                 with located(where):
-                    size = args[0] if args else kwargs.get('size', kwargs.get('max_patches'))
-                    operations.CHECKS[name](size, contract)
+                    operations.CHECKS[name](contract, *args, **kwargs)
 
     def __repr__(self) -> str:
         return f'Pipeline({self.text!r})'

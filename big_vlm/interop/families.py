@@ -1,6 +1,7 @@
 """One mapping table per model family of Hugging Face: their names and layouts, ours (big_vision's).
 
-Axes: N heads, K kv heads, H head dim, D width, F mlp width, P patches, p q the pixels of a patch, C colours.
+Axes: N heads, K kv heads, H head dim, D width, F mlp width, P patches, Y X rows and columns of them, p q the pixels of
+a patch, C colours.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from big_vlm.interop.rows import Row, below
+from big_vlm.models.naflex_vit import POSITIONS
 
 
 def _linear(theirs: str, ours: str) -> list[Row]:
@@ -46,12 +48,21 @@ _MAP_HEAD = [
     *_linear('mlp.fc1', 'MlpBlock_0/Dense_0'),
     *_linear('mlp.fc2', 'MlpBlock_0/Dense_1'),
 ]
+_VISION_ENCODER = [
+    *below('encoder.layers.{i}.', 'Transformer/encoderblock/', _ENCODER_BLOCK),
+    *_layer_norm('post_layernorm', 'Transformer/encoder_norm'),
+]
 _VISION = [
     Row('embeddings.patch_embedding.weight', 'D C p q -> p q C D', 'embedding/kernel'),
     Row('embeddings.patch_embedding.bias', '', 'embedding/bias'),
     Row('embeddings.position_embedding.weight', 'P D -> 1 P D', 'pos_embedding'),
-    *below('encoder.layers.{i}.', 'Transformer/encoderblock/', _ENCODER_BLOCK),
-    *_layer_norm('post_layernorm', 'Transformer/encoder_norm'),
+    *_VISION_ENCODER,
+]
+# NaFlex: a patch is a row of numbers in the same order on both sides, and its positions are a square.
+_NAFLEX_VISION = [
+    *_linear('embeddings.patch_embedding', 'embedding'),
+    Row('embeddings.position_embedding.weight', '(Y X) D -> Y X D', 'pos_embedding', (('Y', POSITIONS),)),
+    *_VISION_ENCODER,
 ]
 _TEXT = [
     Row('embeddings.token_embedding.weight', '', 'Embed_0/embedding'),
@@ -76,10 +87,10 @@ _NORMS = {
 }
 
 
-def siglip(image_heads: int, text_heads: int) -> list[Row]:
-    """SigLIP, and SigLIP 2 of fixed resolution, which transformers loads as the same model."""
+def siglip(family: str, image_heads: int, text_heads: int) -> list[Row]:
+    """'siglip': SigLIP, and SigLIP 2 of fixed resolution, the same model to transformers; 'siglip2': NaFlex alone."""
     return [
-        *below('vision_model.', 'img/', _VISION, N=image_heads),
+        *below('vision_model.', 'img/', _NAFLEX_VISION if family == 'siglip2' else _VISION, N=image_heads),
         *below('vision_model.head.', 'img/MAPHead_0/', _MAP_HEAD, N=image_heads),
         *below('text_model.', 'txt/', _TEXT, N=text_heads),
         Row('logit_scale', '', 't'),

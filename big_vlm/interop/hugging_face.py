@@ -127,8 +127,8 @@ def table_of(family: str, model: config.Model) -> list[rows.Row]:
         vit.resolve(tower.variant, **{key: getattr(tower, key) for key in ('width', 'depth', 'mlp_dim', 'num_heads')})
         for tower in (model.image, model.text)
     )
-    if family == 'siglip':
-        return families.siglip(image['num_heads'], text['num_heads'])
+    if family in pretrained.TOWERS:
+        return families.siglip(family, image['num_heads'], text['num_heads'])
     sizes = gemma.Gemma(
         variant=model.decoder.variant, num_heads=model.decoder.num_heads, num_kv_heads=model.decoder.num_kv_heads
     ).sizes
@@ -141,7 +141,7 @@ def table_of(family: str, model: config.Model) -> list[rows.Row]:
 
 def _token_table(family: str) -> str:
     return {
-        'siglip': 'text_model.embeddings.token_embedding.weight',
+        **dict.fromkeys(pretrained.TOWERS, 'text_model.embeddings.token_embedding.weight'),
         'paligemma': 'language_model.model.embed_tokens.weight',
     }.get(family, 'model.embed_tokens.weight')
 

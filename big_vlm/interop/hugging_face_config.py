@@ -17,7 +17,7 @@ from big_vlm.data.contract import Contract
 from big_vlm.interop import hugging_face_decoder, pretrained
 from big_vlm.interop.hugging_face_keys import fixed, sizes, their_sizes
 from big_vlm.interop.pretrained import Pretrained
-from big_vlm.models import gemma, resnet, vit
+from big_vlm.models import gemma, naflex_vit, resnet, vit
 
 # Their key → (ours, what an absent key means).
 _VISION = {
@@ -28,6 +28,7 @@ _VISION = {
 }
 # Their key → the values under which our models compute the same.
 _ENCODER_FIXED = {'hidden_act': ('gelu_pytorch_tanh',), 'layer_norm_eps': (1e-6,)}
+_NAFLEX_FIXED = {'num_patches': (naflex_vit.POSITIONS**2,)}  # of the position embedding, not of a picture
 PALIGEMMA_DECODERS = ('gemma', 'gemma2')  # those of PaliGemma 1 and 2
 _RESAMPLE = {2: 'bilinear', 3: 'bicubic'}  # Pillow's numbers
 
@@ -48,7 +49,8 @@ def read(folder: pathlib.Path) -> Settings:
     where = folder / 'config.json'
     content = read_json(where)
     family = content.get('model_type')
-    readers = {'siglip': _siglip, 'paligemma': _paligemma} | dict.fromkeys(pretrained.DECODERS, _gemma)
+    readers = dict.fromkeys(pretrained.TOWERS, _siglip) | dict.fromkeys(pretrained.DECODERS, _gemma)
+    readers |= {'paligemma': _paligemma}
     if family not in readers:
         raise unknown('model_type', str(family), readers, str(where))
     try:
@@ -57,7 +59,7 @@ def read(folder: pathlib.Path) -> Settings:
         raise UserError(f'{where}: damaged ({type(error).__name__}: {error})') from None
     if family in pretrained.DECODERS:
         return settings
-    return dataclasses.replace(settings, contract=_pixels(folder, settings.contract))
+    return dataclasses.replace(settings, contract=_pixels(folder, settings))
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:
@@ -74,8 +76,12 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
 
 
 def _siglip(content: Mapping[str, Any], where: pathlib.Path) -> Settings:
-    text, vision = content.get('text_config') or {}, content.get('vision_config') or {}
+    family, text, vision = content['model_type'], content.get('text_config') or {}, content.get('vision_config') or {}
     image, image_size = _image_tower(vision, f'{where}: vision_config', head=True)
+    pictures = dict(image_size=image_size)
+    if family == 'siglip2':
+        fixed(vision, _NAFLEX_FIXED, f'{where}: vision_config')
+        pictures = dict(max_patches=pretrained.NAFLEX_PATCHES)
     fixed(text, _ENCODER_FIXED, f'{where}: text_config')
     tower = sizes(text, _VISION)
     # Without a projection_size the head keeps the text tower's width.
@@ -85,8 +91,8 @@ def _siglip(content: Mapping[str, Any], where: pathlib.Path) -> Settings:
         raise UserError(f'{where}: texts of {embed_dim} and images of {width} numbers cannot be compared')
     rows = int(text.get('vocab_size', 32_000))
     model = config.Model(image=image, text=pretrained.text_tower(**tower))
-    settings = config.Contract(image_size=image_size, text_length=int(text.get('max_position_embeddings', 64)))
-    return Settings('siglip', model, settings, rows, rows)
+    settings = config.Contract(**pictures, text_length=int(text.get('max_position_embeddings', 64)))
+    return Settings(family, model, settings, rows, rows)
 
 
 def _paligemma(content: Mapping[str, Any], where: pathlib.Path) -> Settings:
@@ -122,8 +128,10 @@ def _image_tower(vision: Mapping[str, Any], where: str, head: bool) -> tuple[con
     return pretrained.image_tower(patch, pool='map' if head else 'none', **sizes(vision, _VISION)), size
 
 
-def _pixels(folder: pathlib.Path, settings: config.Contract) -> config.Contract:
-    """`settings` with the resize and value range of the folder's image processor; without one, transformers' own."""
+def _pixels(folder: pathlib.Path, settings: Settings) -> config.Contract:
+    """The contract with what the folder's image processor does; without one, with what transformers' own does."""
+    contract, naflex = settings.contract, settings.family == 'siglip2'
+    patch = vit.decode_variant(settings.model.image.variant)['patch_size']
     file = folder / 'preprocessor_config.json'
     if file.is_file():
         content = read_json(file)
@@ -133,9 +141,11 @@ def _pixels(folder: pathlib.Path, settings: config.Contract) -> config.Contract:
     else:
         content = {}
     try:
-        resample = int(content.get('resample', 3))
-        size = content.get('size') or {}
-        sizes = {int(size[key]) for key in ('height', 'width') if key in size} or {settings.image_size}
+        resample = int(content.get('resample', 2 if naflex else 3))
+        size = {} if naflex else content.get('size') or {}
+        sizes = {int(size[key]) for key in ('height', 'width') if key in size} or {contract.image_size}
+        max_patches = int(content.get('max_num_patches', pretrained.NAFLEX_PATCHES)) if naflex else 0
+        patch_size = int(content.get('patch_size', patch)) if naflex else patch
         means, stds = (
             {float(x) for x in content.get(key, [0.5])} if content.get('do_normalize', True) else {default}
             for key, default in (('image_mean', 0.0), ('image_std', 1.0))
@@ -144,13 +154,18 @@ def _pixels(folder: pathlib.Path, settings: config.Contract) -> config.Contract:
         raise UserError(f'{file}: damaged ({type(error).__name__}: {error})') from None
     if resample not in _RESAMPLE:
         raise UserError(f'{file}: resample {resample}: must be 2 (bilinear) or 3 (bicubic)')
-    if sizes != {settings.image_size}:
-        raise UserError(f"{file}: size {sorted(sizes)} is not the model's image_size, {settings.image_size}")
+    if sizes != {contract.image_size}:
+        raise UserError(f"{file}: size {sorted(sizes)} is not the model's image_size, {contract.image_size}")
+    if patch_size != patch:
+        raise UserError(f"{file}: patch_size {patch_size} is not the model's, {patch}")
+    if naflex and max_patches < 1:
+        raise UserError(f'{file}: max_num_patches {max_patches}: must be at least 1')
     if len(means) > 1 or len(stds) > 1 or not min(stds):
         raise UserError(f'{file}: image_mean {sorted(means)}, image_std {sorted(stds)}: colours must share one range')
     [mean], [std] = means, stds
     return dataclasses.replace(
-        settings,
+        contract,
+        max_patches=max_patches,
         resample=_RESAMPLE[resample],
         antialias=True,
         value_range=(-mean / std, (1.0 - mean) / std),
@@ -176,18 +191,22 @@ def describe(model: Pretrained, contract: Contract | None) -> dict[str, dict[str
         return {'config.json': head | hugging_face_decoder.describe(model, model.vocab_size) | ids}
     vision = their_sizes(_VISION, vit.resolve(image.variant, **_given(image)))
     patch = vit.decode_variant(image.variant)['patch_size']
-    vision |= {'model_type': 'siglip_vision_model', 'image_size': settings.image_size, 'patch_size': patch}
+    if model.family == 'siglip2':
+        vision |= {'model_type': 'siglip2_vision_model', 'num_patches': naflex_vit.POSITIONS**2, 'patch_size': patch}
+    else:
+        vision |= {'model_type': 'siglip_vision_model', 'image_size': settings.image_size, 'patch_size': patch}
     vision |= {'hidden_act': 'gelu_pytorch_tanh', 'layer_norm_eps': 1e-6, 'num_channels': 3}
     tokens = (settings.image_size // patch) ** 2
-    if model.family == 'siglip':
+    if model.family in pretrained.TOWERS:
         text = their_sizes(_VISION, vit.resolve(sections.text.variant, **_given(sections.text)))
-        text |= {'model_type': 'siglip_text_model', 'vocab_size': model.vocab_size}
+        text |= {'model_type': f'{model.family}_text_model', 'vocab_size': model.vocab_size}
         text |= {'max_position_embeddings': settings.text_length, 'projection_size': vision['hidden_size']}
         text |= {'hidden_act': 'gelu_pytorch_tanh', 'layer_norm_eps': 1e-6, **ids}
         vision |= {'vision_use_head': True}
-        content = {'architectures': ['SiglipModel'], 'model_type': 'siglip', **head, 'initializer_factor': 1.0}
+        name = model.family.capitalize()
+        content = {'architectures': [f'{name}Model'], 'model_type': model.family, **head, 'initializer_factor': 1.0}
         content |= {'text_config': text, 'vision_config': vision}
-        return {'config.json': content, 'preprocessor_config.json': _processor(settings, 'SiglipProcessor')}
+        return {'config.json': content, 'preprocessor_config.json': _processor(settings, f'{name}Processor', patch)}
     width = gemma.Gemma(**dataclasses.asdict(decoder)).sizes['width']
     text = hugging_face_decoder.describe(model, hugging_face_decoder.padded(model.vocab_size))
     text |= {'num_image_tokens': tokens, **ids}
@@ -196,7 +215,7 @@ def describe(model: Pretrained, contract: Contract | None) -> dict[str, dict[str
     content |= {'image_token_index': model.vocab_size, 'vocab_size': model.vocab_size}
     content |= {'hidden_size': width, 'projection_dim': width, 'tie_word_embeddings': True}
     content |= {'text_config': text, 'vision_config': vision}
-    processor = _processor(settings, 'PaliGemmaProcessor') | {'image_seq_length': tokens}
+    processor = _processor(settings, 'PaliGemmaProcessor', patch) | {'image_seq_length': tokens}
     return {'config.json': content, 'preprocessor_config.json': processor}
 
 
@@ -204,14 +223,19 @@ def _given(tower: config.TextTower | config.ImageTower) -> dict[str, int]:
     return {key: getattr(tower, key) for key in ('width', 'depth', 'mlp_dim', 'num_heads')}
 
 
-def _processor(settings: config.Contract, name: str) -> dict[str, Any]:
+def _processor(settings: config.Contract, name: str, patch: int) -> dict[str, Any]:
     low, high = settings.value_range
     [resample] = [number for number, method in _RESAMPLE.items() if method == settings.resample]
+    if settings.max_patches:
+        kind, pictures = 'Siglip2ImageProcessor', {'max_num_patches': settings.max_patches, 'patch_size': patch}
+    else:
+        size = {'height': settings.image_size, 'width': settings.image_size}
+        kind, pictures = 'SiglipImageProcessor', {'size': size}
     return {
-        'image_processor_type': 'SiglipImageProcessor',
+        'image_processor_type': kind,
         'processor_class': name,
         'do_resize': True,
-        'size': {'height': settings.image_size, 'width': settings.image_size},
+        **pictures,
         'resample': resample,
         'do_rescale': True,
         'rescale_factor': 1 / 255,
@@ -231,9 +255,8 @@ def _expressible(model: Pretrained) -> None:
                 f'{model.weights.where}: model.image.variant is {sections.image.variant!r}, a ResNet, and transformers '
                 f'has no {model.family} with one'
             )
-        needs.append(('contract.max_patches', model.settings.max_patches, 0))
         needs.append(('model.image.position', sections.image.position, 'learn'))
-    if model.family == 'siglip':
+    if model.family in pretrained.TOWERS:
         width = vit.resolve(sections.image.variant, **_given(sections.image))['width']
         needs += [
             ('model.text.kind', sections.text.kind, 'transformer'),
@@ -244,6 +267,7 @@ def _expressible(model: Pretrained) -> None:
             ('model.embed_dim', sections.embed_dim or width, width),
         ]
     else:
+        needs.append(('contract.max_patches', model.settings.max_patches, 0))
         needs.append(('model.projector', sections.projector, 'linear'))
         needs.append(('contract.image_alone', model.settings.image_alone, False))
         needs.append(('model.image.head_bias', sections.image.head_bias, True))

@@ -9,6 +9,7 @@ from typing import Any
 from big_vlm.data.contract import Contract
 from big_vlm.data.coordinates import NUM_LOCATIONS, NUM_SEGMENTS
 from big_vlm.data.tokenizer import Tokenizer
+from big_vlm.interop.pretrained import TOWERS
 
 _FILES = ('tokenizer.model', 'spiece.model')  # Gemma's name, SigLIP 1's
 
@@ -22,8 +23,8 @@ def write(folder: pathlib.Path, family: str, contract: Contract, tokenizer: Toke
     """Writes the SentencePiece model and tokenizer_config.json. Raises OSError where the disk is full."""
     special = {'pad_token': contract.pad_id, 'eos_token': contract.eos_id, 'bos_token': contract.bos_id}
     content: dict[str, Any] = {name: tokenizer.piece(i) for name, i in special.items() if i >= 0}
-    siglip_1 = family == 'siglip' and tokenizer.bos_id < 0
-    if family == 'siglip':
+    siglip_1 = family in TOWERS and tokenizer.bos_id < 0
+    if family in TOWERS:
         content |= {'model_max_length': contract.text_length, 'padding_side': 'right'}
         content |= {'do_lower_case': contract.lower, 'add_bos_token': False, 'add_eos_token': contract.eos}
         content |= {'tokenizer_class': 'SiglipTokenizer' if siglip_1 else 'GemmaTokenizer'}

@@ -23,13 +23,13 @@ from big_vlm.models.image_towers import naflex_patch_size
 
 Model = two_towers.TwoTowers | paligemma.PaliGemma | gemma.Gemma
 
-TOWERS = ('siglip',)  # families that are dual encoders
+TOWERS = ('siglip', 'siglip2')  # families that are dual encoders; 'siglip2' are those with a NaFlex tower alone
 DECODERS = ('gemma', 'gemma2', 'gemma3_text')  # families of a decoder alone, under Hugging Face's names
 POSITION, TOKENS = 'img/pos_embedding', {'txt': 'txt/Embed_0/embedding', 'llm': 'llm/embedder/input_embedding'}
 
 # (patch size, patches) → pixels, where patches do not cover the published image: 384 px hold 27 patches of 14.
 _IMAGE_SIZES = {(14, 27 * 27): 384}
-_NAFLEX_PATCHES = 256  # that SigLIP 2's NaFlex towers are used with unless told otherwise
+NAFLEX_PATCHES = 256  # that SigLIP 2's NaFlex towers are used with unless told otherwise
 _CONTEXT = 8192  # tokens that Gemma 2 was trained with: a window of so many cuts nothing
 
 
@@ -38,7 +38,7 @@ class Pretrained:
     """Everything but the tokenizer's pieces.
 
     Attributes:
-      family: 'siglip', 'paligemma' (1 and 2), or one of DECODERS.
+      family: one of TOWERS, 'paligemma' (1 and 2), or one of DECODERS.
       model: the sizes, as a config says them.
       settings: the preprocessing, as a config says it.
       vocab_size: rows of the token table.
@@ -131,7 +131,8 @@ def _build(family: str, model: config.Model, settings: config.Contract, vocab_si
         decoder = gemma.Gemma(vocab_size=vocab_size, **dataclasses.asdict(model.decoder))
         _ = decoder.sizes
         return decoder
-    return paligemma.from_config(model, image_size=settings.image_size, vocab_size=vocab_size)
+    where = dict(image_size=settings.image_size, max_patches=settings.max_patches)
+    return paligemma.from_config(model, vocab_size=vocab_size, **where)
 
 
 def from_shapes(weights: LazyWeights) -> Pretrained:
@@ -160,9 +161,11 @@ def from_shapes(weights: LazyWeights) -> Pretrained:
         model, image_size, max_patches = config.Model(), config.Contract().image_size, 0
         if 'img' in tops:
             if len(shapes['img/embedding/kernel']) == 2:
-                image, max_patches = _naflex_tower(shapes), _NAFLEX_PATCHES
+                image, max_patches = _naflex_tower(shapes, pooled=family == 'siglip'), NAFLEX_PATCHES
             else:
                 image, image_size = _image_tower(shapes, pooled=family == 'siglip')
+            if 'img/head/kernel' in shapes:
+                image = dataclasses.replace(image, head_bias='img/head/bias' in shapes)
             model = dataclasses.replace(model, image=image)
         if family == 'siglip':
             model = dataclasses.replace(
@@ -171,7 +174,7 @@ def from_shapes(weights: LazyWeights) -> Pretrained:
             text_length, rows = shapes['txt/pos_embedding'][1], shapes[TOKENS['txt']][0]
         else:
             text_length, rows = paligemma_text_length(image_size), shapes[TOKENS['llm']][0]
-            slots = shapes[POSITION][1] + text_length if 'img' in tops else 0
+            slots = (max_patches or shapes[POSITION][1]) + text_length if 'img' in tops else 0
             model = dataclasses.replace(model, decoder=_decoder(shapes, slots))
     except KeyError as error:
         raise UserError(f'{weights.where} is not a {family}: {error.args[0]} is missing') from None
@@ -185,7 +188,14 @@ def from_shapes(weights: LazyWeights) -> Pretrained:
         text_length=text_length,
         lower=family == 'siglip',
     )
+    if family == 'siglip':
+        family = towers_family(settings)
     return Pretrained(family, model, settings, rows, weights).check()
+
+
+def towers_family(settings: config.Contract) -> str:
+    """Of a dual encoder with this preprocessing, one of TOWERS."""
+    return 'siglip2' if settings.max_patches else 'siglip'
 
 
 def paligemma_text_length(image_size: int) -> int:
@@ -240,16 +250,14 @@ def _image_tower(shapes: Mapping[str, tuple[int, ...]], pooled: bool) -> tuple[c
     pool = 'map' if 'img/MAPHead_0/probe' in shapes else 'tok' if 'img/cls' in shapes else 'gap'
     pool = pool if pooled else 'none'
     tower = image_tower(patch, pool=pool, **_encoder(shapes, 'img/Transformer/'))
-    if 'img/head/kernel' in shapes:
-        tower = dataclasses.replace(tower, head_bias='img/head/bias' in shapes)
     patches = shapes[POSITION][1]
     return tower, _IMAGE_SIZES.get((patch, patches), math.isqrt(patches) * patch)
 
 
-def _naflex_tower(shapes: Mapping[str, tuple[int, ...]]) -> config.ImageTower:
+def _naflex_tower(shapes: Mapping[str, tuple[int, ...]], pooled: bool) -> config.ImageTower:
     patch = math.isqrt(shapes['img/embedding/kernel'][0] // 3)
     pool = 'map' if 'img/MAPHead_0/probe' in shapes else 'gap'
-    return image_tower(patch, pool=pool, **_encoder(shapes, 'img/Transformer/'))
+    return image_tower(patch, pool=pool if pooled else 'none', **_encoder(shapes, 'img/Transformer/'))
 
 
 def _text_tower(shapes: Mapping[str, tuple[int, ...]]) -> config.TextTower:

@@ -15,7 +15,7 @@ from big_vlm.config import UserError, unknown
 from big_vlm.models.vit import REMATS, Encoder, MAPHead, encoder_flops, map_head_flops, resolve
 from big_vlm.ops import position_resize
 
-POOLS = ('map', 'gap')
+POOLS = ('map', 'gap')  # and 'none' under a decoder
 POSITIONS = 16  # a side of the position embedding, as published
 
 
@@ -23,11 +23,12 @@ class NaFlexViT(nn.Module):
     """(patches float [B,N,p·p·3] in the model's value range, mask bool [B,N], grid int32 [B,2]) -> (x, out).
 
     `mask` is True for an image's patches, which come first, row by row; `grid` are their rows and columns. `x` is
-    [B,D], projected to [B,head] if `head` > 0. `out` holds 'stem' [B,N,D] (patches before positions), 'blocks'
-    [L,B,N,D], 'encoded' [B,N,D] and 'pooled', as `vit.ViT`'s; what stands at padding means nothing.
+    [B,D], or [B,N,D] with pool='none', projected to [..., head] if `head` > 0. `out` holds 'stem' [B,N,D] (patches
+    before positions), 'blocks' [L,B,N,D], 'encoded' [B,N,D] and 'pooled', as `vit.ViT`'s; what stands at padding means
+    nothing.
 
     Attributes:
-      pool: 'map' or 'gap' (mean).
+      pool: 'map', 'gap' (mean) or 'none'.
       others: as in `vit.ViT`.
     """
 
@@ -48,7 +49,7 @@ class NaFlexViT(nn.Module):
     @property
     def sizes(self) -> dict[str, int]:
         """width, depth, mlp_dim, num_heads, patch_size. Raises UserError for names and sizes that cannot be."""
-        if self.pool not in POOLS:
+        if self.pool not in (*POOLS, 'none'):
             raise UserError(f'model.image.pool {self.pool!r}: with contract.max_patches it is {" or ".join(POOLS)}')
         if self.remat not in REMATS:
             raise unknown('remat', self.remat, REMATS)
@@ -78,7 +79,7 @@ class NaFlexViT(nn.Module):
         out['encoded'] = x
         if self.pool == 'map':
             x = MAPHead(mlp_dim, heads, self.dtype, name='MAPHead_0')(x, seen)
-        else:
+        elif self.pool == 'gap':
             x = jnp.mean(x, axis=1, where=mask[..., None])
         out['pooled'] = x
         if self.head:
@@ -100,4 +101,4 @@ class NaFlexViT(nn.Module):
         flops += encoder_flops(s['depth'], width, mlp_dim, max_patches)
         if self.pool == 'map':
             flops += map_head_flops(width, mlp_dim, max_patches)
-        return flops + 2.0 * width * self.head
+        return flops + 2.0 * width * self.head * (max_patches if self.pool == 'none' else 1)

@@ -31,6 +31,7 @@ class PaliGemma:
         patches of the width that the decoder's projector takes.
       llm: the decoder.
       image_size: pixels per side, for `init`, `image_tokens` and FLOPs.
+      max_patches: of an image, if `img` is a `naflex_vit.NaFlexViT`, instead of `image_size`; else 0.
       pooled_tokens: P if the decoder projects averages over squares of the patch grid (Gemma 3: 256); 0 if `img`
         projects what it returns.
     """
@@ -39,13 +40,14 @@ class PaliGemma:
     llm: gemma.Gemma
     image_size: int
     pooled_tokens: int = 0
+    max_patches: int = 0
 
     @property
     def image_tokens(self) -> int:
         """P, the slots one image takes."""
         if self.img.pool != 'none':
             return 1
-        return self.pooled_tokens or self.img.tokens(self.image_size)
+        return self.max_patches or self.pooled_tokens or self.img.tokens(self.image_size)
 
     def init(self, rng: jax.Array) -> dict:
         """Fresh float32 parameters. Use under `jax.jit` or `jax.eval_shape`."""
@@ -54,14 +56,16 @@ class PaliGemma:
     def init_with_stats(self, rng: jax.Array) -> tuple[dict, dict]:
         """(`init`, running statistics {'img': …}, {} without BatchNorm)."""
         img_rng, llm_rng = jax.random.split(rng)
-        image = jnp.zeros((1, self.image_size, self.image_size, 3), jnp.float32)
-        img, stats = running_stats.init(self.img, img_rng, image)
+        image = (jnp.zeros((1, self.image_size, self.image_size, 3), jnp.float32),)
+        if self.max_patches:
+            image = self.img.example(self.max_patches)
+        img, stats = running_stats.init(self.img, img_rng, *image)
         return {'img': img, 'llm': gemma.init(self.llm, llm_rng)}, {'img': stats} if stats else {}
 
     def embed(
         self,
         params: dict,
-        image: jax.Array | None,
+        image: jax.Array | tuple[jax.Array, jax.Array, jax.Array] | None,
         image_mask: jax.Array | None,
         text: jax.Array,
         *,
@@ -79,13 +83,13 @@ class PaliGemma:
         if image is None:
             return x, {}
         # Not len(): an exported function's batch has no number.
-        chex.assert_shape(image, (text.shape[0], None, self.image_size, self.image_size, 3))
-        batch, images = image.shape[:2]
+        batch, images, inputs = text.shape[0], 1, image
+        if not self.max_patches:
+            chex.assert_shape(image, (batch, None, self.image_size, self.image_size, 3))
+            images, inputs = image.shape[1], (image.reshape(-1, *image.shape[2:]),)
         rngs = None if rng is None else {'dropout': rng}
         of_tower = None if stats is None else stats.get('img', {})
-        z, out = running_stats.apply(
-            self.img, params['img'], of_tower, image.reshape(-1, *image.shape[2:]), train=train, rngs=rngs
-        )
+        z, out = running_stats.apply(self.img, params['img'], of_tower, *inputs, train=train, rngs=rngs)
         if self.pooled_tokens:
             z = gemma.embed_image(self.llm, params['llm'], pool(z, self.pooled_tokens))
         patches = self.image_tokens
@@ -104,7 +108,7 @@ class PaliGemma:
     def apply(
         self,
         params: dict,
-        image: jax.Array | None,
+        image: jax.Array | tuple[jax.Array, jax.Array, jax.Array] | None,
         image_mask: jax.Array | None,
         text: jax.Array,
         segment: jax.Array,
@@ -121,7 +125,8 @@ class PaliGemma:
 
         Args:
           params: as `init` returns them (layers stacked).
-          image: float [B,I,H,W,3] in the model's value range, or None for text alone.
+          image: float [B,I,H,W,3] in the model's value range, or None for text alone; to a NaFlex tower, of one image,
+            (patches, mask, grid), whose slots beyond its patches are padding in `segment`.
           image_mask: bool [B,I], False for images that are only padding; None: all real.
           text: int32 [B,T], -1 at image slots.
           segment: int32 [B,T], 0 for padding, else the packed example.
@@ -152,7 +157,7 @@ class PaliGemma:
     def prefill(
         self,
         params: dict,
-        image: jax.Array | None,
+        image: jax.Array | tuple[jax.Array, jax.Array, jax.Array] | None,
         image_mask: jax.Array | None,
         text: jax.Array,
         segment: jax.Array,
@@ -204,7 +209,7 @@ class PaliGemma:
     def forward_flops(self, text_length: int, num_images: int = 1) -> float:
         """Model FLOPs of one example's forward pass: its images, the whole sequence, logits on the text slots."""
         length = num_images * self.image_tokens + text_length
-        per_image = self.img.flops(self.image_size)
+        per_image = self.img.flops(self.max_patches or self.image_size)
         per_image += 2.0 * self.image_tokens * self.llm.vision_width * self.llm.sizes['width']
         return num_images * per_image + gemma.forward_flops(self.llm, length, text_length)
 
@@ -221,7 +226,7 @@ def unstack_layers(params: dict) -> dict:
     return {**params, 'llm': gemma.unstack_layers(params['llm'])}
 
 
-def from_config(model: config.Model, *, image_size: int, vocab_size: int) -> PaliGemma:
+def from_config(model: config.Model, *, image_size: int, vocab_size: int, max_patches: int = 0) -> PaliGemma:
     """The model of a validated `config.Model`. Its projector decides how the image tower pools, not `image.pool`.
 
     Raises UserError for unknown variants and sizes that do not divide.
@@ -235,8 +240,13 @@ def from_config(model: config.Model, *, image_size: int, vocab_size: int) -> Pal
                 f'model.image_tokens {model.image_tokens}: projector {model.projector!r} does not average patches; '
                 "leave it at 0, or take projector 'pooled'"
             )
-        image = image_towers.from_config(tower, head=decoder.sizes['width'], **shared)
-        return PaliGemma(image, decoder, image_size)
+        naflex = max_patches > 0
+        if naflex and model.projector == 'cls':
+            raise config.UserError("model.projector 'cls': with contract.max_patches there is no class token")
+        image = image_towers.from_config(tower, head=decoder.sizes['width'], naflex=naflex, **shared)
+        return PaliGemma(image, decoder, image_size, max_patches=max_patches)
+    if max_patches:
+        raise config.UserError("model.projector 'pooled': with contract.max_patches there is no square to average")
     image = image_towers.from_config(tower, **shared)
     image_towers.check_head(image, "projector 'pooled' belongs to the decoder")
     tokens = model.image_tokens or 256

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,8 @@ from jax.sharding import Mesh
 from big_vlm import config
 from big_vlm.data.contract import Contract
 from big_vlm.models import two_towers
-from big_vlm.ops import contrastive, pixels
+from big_vlm.ops import contrastive
+from big_vlm.tasks import images
 
 LOSSES = ('sigmoid', 'softmax')
 
@@ -29,7 +31,8 @@ class Contrastive:
       mesh: the devices around which the ring loss passes text embeddings; None needs `loss_form='dense'`.
 
     Raises:
-      UserError: an unknown loss, variant or pool; a direction for a loss that has none.
+      UserError: an unknown loss, variant or pool; a direction for a loss that has none; a first logit scale above the
+        largest.
     """
 
     kind = 'contrastive'
@@ -42,6 +45,13 @@ class Contrastive:
                 f"model.direction={stage.model.direction!r} is for model.loss='softmax', and model.loss is "
                 f"{stage.model.loss!r}: the sigmoid loss has no direction, leave model.direction at 'both'"
             )
+        most = stage.model.max_logit_scale
+        if most and stage.model.init_t > math.log(most) + 1e-6:
+            raise config.UserError(
+                f'model.init_t={stage.model.init_t:g}: the logit scale begins at {math.exp(stage.model.init_t):g}, '
+                f'above model.max_logit_scale={most:g}: take init_t={math.log(most):g} or less'
+            )
+        self.max_t = math.log(most) if most else math.inf
         self.loss_name, self.direction, self.loss_form = stage.model.loss, stage.model.direction, stage.model.loss_form
         self.contract, self.mesh = contract, mesh
         self.dtype = jnp.dtype(stage.model.dtype)
@@ -68,7 +78,7 @@ class Contrastive:
         """(zimg float32 [B,E], ztxt float32 [B,E], stats), rows of length 1. `rng` None switches training off."""
         zimg, ztxt, out = self.model.apply(
             params,
-            self._image(batch),
+            images.of(batch, self.contract, self.dtype),
             batch['text'],
             batch.get('text_mask'),
             stats=stats,
@@ -101,6 +111,18 @@ class Contrastive:
         loss, metrics = self.loss_from_embeddings(params, zimg, ztxt)
         return loss, (metrics, stats)
 
+    def constrain(self, params: dict) -> dict:
+        """The parameters of a step, once they are updated: `t` at or below log(`model.max_logit_scale`).
+
+        CLIP clips its temperature so that logits are not scaled by more than 100 (Radford et al. 2021, section 2.5).
+        As in open_clip, it is the parameter that is clipped, after every step: the loss and its gradients are what they
+        are without a limit, so a scale at the limit comes down again as soon as the loss asks for it. open_clip holds
+        the scale above 1 as well, of which the paper says nothing.
+        """
+        if math.isinf(self.max_t):
+            return params
+        return params | {'t': jnp.minimum(params['t'], self.max_t)}
+
     @property
     def predict(self) -> dict[str, Callable[..., Any]]:
         """Pure functions: `embed_image(weights, batch)` and `embed_text(weights, batch)`, each → float32 [B,E].
@@ -109,18 +131,9 @@ class Contrastive:
         """
 
         def embed_image(weights, batch):
-            return self.model.apply(weights, image=self._image(batch))[0]
+            return self.model.apply(weights, image=images.of(batch, self.contract, self.dtype))[0]
 
         def embed_text(weights, batch):
             return self.model.apply(weights, text=batch['text'], text_mask=batch.get('text_mask'))[1]
 
         return {'embed_image': embed_image, 'embed_text': embed_text}
-
-    def _image(self, batch):
-        count, as_the_model_reads = self.contract.max_patches, (self.contract.value_range, self.dtype)
-        if not count:
-            return pixels.to_model_range(batch['image'], *as_the_model_reads)
-        if 'patches' not in batch:
-            raise config.UserError(f'the pipeline makes no patches: add naflex({count})')
-        patches = pixels.to_model_range(batch['patches'], *as_the_model_reads)
-        return patches, batch['patch_mask'], batch['patch_grid']

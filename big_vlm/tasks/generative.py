@@ -12,13 +12,14 @@ from jax.sharding import Mesh
 from big_vlm import config
 from big_vlm.data.contract import Contract
 from big_vlm.models import paligemma
-from big_vlm.ops import pixels, token_loss
+from big_vlm.ops import token_loss
+from big_vlm.tasks import images
 
 
 def image_tokens(stage: config.Stage) -> int:
     """Tokens that the stage's image tower makes of one image. Raises UserError for an unknown variant."""
-    model = paligemma.from_config(stage.model, image_size=stage.contract.image_size, vocab_size=1)
-    return model.image_tokens
+    where = dict(image_size=stage.contract.image_size, max_patches=stage.contract.max_patches)
+    return paligemma.from_config(stage.model, vocab_size=1, **where).image_tokens
 
 
 class Generative:
@@ -39,7 +40,12 @@ class Generative:
         del mesh
         self.contract, self.average = contract, stage.model.average
         self.dtype = jnp.dtype(stage.model.dtype)
-        self.model = paligemma.from_config(stage.model, image_size=contract.image_size, vocab_size=contract.vocab_size)
+        self.model = paligemma.from_config(
+            stage.model,
+            image_size=contract.image_size,
+            vocab_size=contract.vocab_size,
+            max_patches=contract.max_patches,
+        )
         if contract.image_tokens != self.model.image_tokens:
             raise config.UserError(
                 f'the contract has {contract.image_tokens} image slots, but {stage.model.image.variant} '
@@ -119,6 +125,6 @@ class Generative:
         return logits[:, :-1], batch['text'][:, first + 1 :], batch['mask_loss'][:, first + 1 :], out
 
     def _inputs(self, batch):
-        image = pixels.to_model_range(batch['image'], self.contract.value_range, self.dtype)
+        image = images.of(batch, self.contract, self.dtype)
         names = ('image_mask', 'text', 'segment', 'position', 'mask_ar')
         return image, *(batch.get(name) for name in names)

@@ -1,10 +1,13 @@
 """The first weights of a stage that starts from other models': all or parts of them, the positions resized.
 
+A NaFlex tower starts from a ViT, and a ViT from a NaFlex tower, of the same sizes.
+
 Another model is an earlier stage, a bundle, a checkpoint, or a public checkpoint in a format that `interop` reads.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import pathlib
 import re
@@ -22,7 +25,7 @@ from big_vlm.data.coordinates import NUM_LOCATIONS, NUM_SEGMENTS
 from big_vlm.data.tokenizer import Tokenizer
 from big_vlm.ops import position_resize
 
-POSITION = 'img/pos_embedding'
+POSITION, PATCHES = 'img/pos_embedding', 'img/embedding/kernel'
 TOKENS = ('txt/Embed_0/embedding', 'llm/embedder/input_embedding', 'txt/llm/embedder/input_embedding')
 # What weights expect of their inputs at any resolution and length: an image tower's, all others', both together.
 OF_PIXELS, OF_TEXT, OF_BOTH = ('value_range',), ('lower', 'separator'), ('image_alone',)
@@ -74,12 +77,11 @@ def _check(stages: Mapping[str, Stage], shapes: Mapping[str, Any], name: str, in
                 _check_tokenizer(given, folder, where)
             else:
                 _check_stage_tokenizer(given, stages[init.stage].tokenizer.path, where)
-        if _resized(init, ours, wanted, found):
-            wanted = {path: leaf for path, leaf in wanted.items() if path != _position(ours)}
+        fitting = _reshaped(init, ours, wanted, found)
         wanted = {
             path: leaf
             for path, leaf in wanted.items()
-            if not (path in found and _without_locations(_join(ours, path), leaf, found[path]))
+            if not (path in fitting or (path in found and _without_locations(_join(ours, path), leaf, found[path])))
         }
         trees.check_same(wanted, found, f'{where}: {init.stage or init.path}', partial=True)
 
@@ -173,7 +175,6 @@ def _load(
 ) -> dict[str, jax.Array]:
     """The stored weights of the wanted paths, placed like them."""
     stored = _below(theirs, _shapes(init, folder))
-    resized, position = _resized(init, ours, wanted, stored), _position(ours)
     like = {}
     for path, x in wanted.items():
         shape = stored[path].shape if path in stored else x.shape
@@ -184,10 +185,8 @@ def _load(
         loaded = {path: _placed(source.read(_join(theirs, path)), leaf) for path, leaf in like.items()}
     else:
         loaded = trees.flat(checkpoints.load_weights(folder, trees.nested(like), theirs))
-    if resized:
-        side = math.isqrt(wanted[position].shape[1])
-        new = np.asarray(position_resize.RESIZES[init.resize_method](loaded[position], (side, side)))
-        loaded[position] = jax.device_put(new, wanted[position].sharding)
+    for path, reshape in _reshaped(init, ours, wanted, stored).items():
+        loaded[path] = jax.device_put(reshape(loaded[path]), wanted[path].sharding)
     for path, fresh in wanted.items():
         if _without_locations(_join(ours, path), fresh, stored[path]):
             loaded[path] = _first_rows(fresh, loaded[path])
@@ -233,17 +232,29 @@ def _parts(init: Weights, params: Mapping[str, Any], where: str) -> Iterator[tup
         yield ours, theirs, {path: leaf for path, leaf in part.items() if path not in fresh}
 
 
-def _resized(init: Weights, ours: str, wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
-    position = _position(ours)
-    if not (init.resize_position and position in wanted and position in stored):
-        return False
-    (one, slots, width), (also_one, before, width_before) = wanted[position].shape, stored[position].shape
-    # NaFlex's has two axes of slots, and is resized in every image.
-    return one == also_one == 1 and slots != before and width == width_before
+def _reshaped(
+    init: Weights, ours: str, wanted: Mapping[str, Any], stored: Mapping[str, Any]
+) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    """Path → what makes the stored array one of our shape, where that can be done and has to be."""
+    found = {}
+    position, patches = (path.removeprefix(f'{ours}/') for path in (POSITION, PATCHES))
+    for path in {position, patches} & set(wanted) & set(stored):
+        new, old = wanted[path].shape, stored[path].shape
+        if new == old or new[-1] != old[-1]:
+            continue
+        if path == position and init.resize_position:
+            found[path] = functools.partial(_resized, shape=new, method=init.resize_method)
+        # A ViT's kernel [p,p,3,D] reads a patch in the order in which a NaFlex's row [p·p·3,D] holds it.
+        if path == patches and math.prod(new) == math.prod(old):
+            found[path] = lambda kernel, shape=new: np.reshape(kernel, shape)
+    return found
 
 
-def _position(ours: str) -> str:
-    return POSITION.removeprefix(f'{ours}/')
+def _resized(positions: np.ndarray, shape: tuple[int, ...], method: str) -> np.ndarray:
+    """[1,P,D], or NaFlex's [S,S,D], on the square grid of `shape`, which is one of the two."""
+    side, width = math.isqrt(math.prod(shape[:-1])), shape[-1]
+    new = position_resize.RESIZES[method](np.reshape(positions, (1, -1, width)), (side, side))
+    return np.reshape(np.asarray(new), shape)
 
 
 def _folder(init: Weights, bundles: Mapping[str, pathlib.Path]) -> pathlib.Path:

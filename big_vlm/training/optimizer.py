@@ -89,7 +89,8 @@ def make(
             where=f'{where}.warmup',
         )
         name = rule.schedule or config.schedule
-        return schedules.learning_rate(name, config.lr * rule.lr, total_steps, warmup, f'{where}.schedule')
+        peak = config.lr * rule.lr
+        return schedules.learning_rate(name, peak, total_steps, warmup, f'{where}.schedule', curve=config.curve)
 
     rates = {rule: schedule(rule) for rule in {*trained.values(), ParamRule()}}
     transformation = optax.chain(

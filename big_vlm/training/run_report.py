@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import pathlib
 import shlex
 from collections.abc import Callable, Mapping
@@ -125,8 +126,7 @@ def _talk(model: Bundle, stage: Stage, folder: pathlib.Path, drawn: dict[str, An
                 drawn['attention'].append(_attention(model, attend, image, prompt, answer))
             if drawn['patches'] is None:
                 size = model.task.model.img.sizes['patch_size']
-                side = model.contract.image_size // size
-                drawn['patches'] = report.Patches(image, (side, side), size)
+                drawn['patches'] = report.Patches(image, (image.shape[0] // size, image.shape[1] // size), size)
 
 
 def _boxes(text: str) -> np.ndarray:
@@ -141,11 +141,15 @@ def _attention(
     ids = model.tokenizer.encode(answer)[:12]
     prefix = model.tokenizer.encode(prompt.lower() if contract.lower else prompt)
     row = prompts.generative_row(prefix, ids, contract)
-    batch = {key: value[None] for key, value in row.items()}
-    batch |= {'image': image[None, None], 'image_mask': np.ones((1, 1), bool)}
+    picture = {'image': image[None], 'image_mask': np.ones(1, bool)}
+    grid = (round(contract.image_tokens**0.5),) * 2
+    if contract.max_patches:
+        picture = naflex.rows(image, contract)
+        grid = tuple(picture['patch_grid'].tolist())
+        row = prompts.shorter_image(row, math.prod(grid), contract)
+    batch = {key: value[None] for key, value in (row | picture).items()}
     weights = np.asarray(attend(model.params, batch))[:, 0].mean(axis=(0, 1))
-    start = int(row['segment'].sum() - row['mask_loss'].sum()) - 1
+    start = int(np.argmax(row['mask_loss'] > 0)) - 1
     count = min(len(ids), int(row['mask_loss'].sum()))
-    side = round(contract.image_tokens**0.5)
-    maps = weights[start : start + count, : contract.image_tokens].reshape(count, side, side)
+    maps = weights[start : start + count, : math.prod(grid)].reshape(count, *grid)
     return report.Attention(image, prompt, [model.tokenizer.piece(i) for i in ids[:count]], maps)

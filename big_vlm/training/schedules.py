@@ -50,7 +50,15 @@ def steps(
     return math.ceil(round(exact[given[0]](), 6)) if given else 0
 
 
-def learning_rate(name: str, peak: float, total_steps: int, warmup_steps: int, where: str = 'schedule') -> Schedule:
+def learning_rate(
+    name: str,
+    peak: float,
+    total_steps: int,
+    warmup_steps: int,
+    where: str = 'schedule',
+    *,
+    curve: tuple[float, float] = (0.0, 1.0),
+) -> Schedule:
     """The learning rate of each step, float32: linear from 0 to `peak` over the warmup, then by `name`.
 
     Args:
@@ -60,6 +68,8 @@ def learning_rate(name: str, peak: float, total_steps: int, warmup_steps: int, w
       total_steps: updates 0 … total_steps - 1 are made.
       warmup_steps: at most `total_steps`; 0 starts at the peak.
       where: the dotted key, for errors.
+      curve: the part of 'linear' or 'cosine' that the steps after the warmup run through, which is then stretched to
+        them: (0, 0.9) stops before 0, and (0.9, 1) of the same peak goes on from there.
 
     Raises:
       UserError: an unknown name, a warmup longer than the run, rsqrt without a warmup.
@@ -80,6 +90,7 @@ def learning_rate(name: str, peak: float, total_steps: int, warmup_steps: int, w
     def rate(step: jax.Array | int) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         progress = jnp.clip((step - warmup_steps) / max(total_steps - warmup_steps, 1), 0, 1)
+        progress = curve[0] + (curve[1] - curve[0]) * progress
         warm = jnp.minimum(step / warmup_steps, 1) if warmup_steps else 1.0
         return peak * warm * curves[name](step, progress)
 

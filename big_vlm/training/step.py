@@ -17,7 +17,7 @@ from big_vlm.training.state import TrainState
 
 
 class Task(Protocol):
-    """What training needs of a task."""
+    """What training needs of a task; one whose parameters have bounds also has `constrain`, parameters → parameters."""
 
     flops_per_example: float  # forward and backward
 
@@ -110,10 +110,11 @@ def make_train_step(
     """
 
     value_and_grad = accumulation.value_and_grad(task, accumulate)
+    constrain = getattr(task, 'constrain', lambda params: params)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
-        return _step(value_and_grad, tx, info, state, batch, rng, ema_decay)
+        return _step(value_and_grad, tx, constrain, info, state, batch, rng, ema_decay)
 
     shardings = jax.tree.map(lambda x: x.sharding, state)
     outputs = shardings, NamedSharding(mesh, PartitionSpec())
@@ -134,6 +135,7 @@ def _init(
 def _step(
     value_and_grad: accumulation.ValueAndGrad,
     tx: optax.GradientTransformation,
+    constrain: Callable[[Any], Any],
     info: Info,
     state: TrainState,
     batch: Any,
@@ -142,7 +144,7 @@ def _step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     (loss, (metrics, stats)), grads = value_and_grad(state.params, state.stats, batch, rng)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = constrain(optax.apply_updates(state.params, updates))
     ema = state.ema
     if ema is not None:
         ema = jax.tree.map(lambda average, p: ema_decay * average + (1 - ema_decay) * p, ema, params)

@@ -58,6 +58,8 @@ def test_through_json_and_back():
         ('optimizer.lr', -1.0, 'config.optimizer.lr: must be at least 0.0, got -1.0'),
         ('optimizer.b2', 1.0, 'config.optimizer.b2: must be below 1, got 1.0'),
         ('optimizer.schedule', 'cosin', "did you mean 'cosine'?"),
+        ('optimizer.curve', (0.9, 0.1), 'config.optimizer.curve: must rise between 0 and 1, got (0.9, 0.1)'),
+        ('optimizer', {'schedule': 'rsqrt', 'curve': (0, 0.9)}, "curve: schedule='rsqrt' has no end to be part of"),
         ('optimizer', 3, 'config.optimizer: must be a section, got 3'),
         ('optimizer.rules', (('(', {}),), "config.optimizer.rules: '(' is no regular expression"),
         ('optimizer.warmup', {'steps': 3, 'percent': 0.1}, 'config.optimizer.warmup: steps and percent are both given'),

@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import jax
+import micro_run as runs
 import numpy as np
 import pytest
 from PIL import Image
@@ -21,14 +22,17 @@ FROM_OTHERS = {
     'paligemma_3b': 'siglip=none,gemma=none',
     'paligemma2_3b': 'siglip=none,gemma=none',
 }
+CAPTIONS = tuple(f'a wall of shade {i}' for i in range(8))
 # Recipe → million parameters: those in docs/models.md, and 1,152 rows more in a dual encoder's text tower.
 SIZES = {
     'siglip_b16': 204.1,
     'siglip_so400m': 878.8,
     'siglip2_b16': 376.1,
+    'siglip2_b16_naflex': 376.1,
     'clip_b16': 150.2,
     'clip_rn50': 89.9,
     'lit_coco': 202.9,
+    'omni_tiny': 1.7,
     'paligemma_3b': 2923.3,
     'paligemma2_3b': 3032.1,
 }
@@ -45,7 +49,7 @@ def photos(tmp_path):
     with open(tmp_path / 'captions.jsonl', 'w') as file:
         for i in range(8):
             Image.new('RGB', (40, 30), (30 * i, 0, 0)).save(tmp_path / f'{i}.png')
-            file.write(json.dumps({'image': f'{i}.png', 'caption': f'a wall of shade {i}'}) + '\n')
+            file.write(json.dumps({'image': f'{i}.png', 'caption': CAPTIONS[i]}) + '\n')
     return tmp_path / 'captions.jsonl'
 
 
@@ -56,7 +60,7 @@ def test_full_size(name, photos, monkeypatch):
     monkeypatch.setattr(steps, 'init_shapes', lambda task: made.append(init_shapes(task)) or made[-1])
     checked = load(name, f'data={photos}', 'fsdp=8')
     stages.check(checked)
-    assert len(made) == len(checked)
+    assert len(made) == len(checked) and not any(stage.evals for stage in checked.values())
     made = [params for params, _ in made]
     assert sum(leaf.size for leaf in jax.tree.leaves(made[0])) / 1e6 == pytest.approx(SIZES[name], abs=0.06)
     for stage, shapes in zip(checked.values(), made, strict=True):
@@ -73,14 +77,56 @@ def test_full_size(name, photos, monkeypatch):
     ('name', 'data'), [*((name, 'file') for name in SIZES), ('siglip_b16', 'scenes'), ('paligemma_3b', 'scenes')]
 )
 def test_two_steps_on_a_laptop(name, data, photos, tiny_digit_scenes, tmp_path):
-    where = f'data={photos}' if data == 'file' else f'data_dir={tiny_digit_scenes}'
-    small = load(name, 'runlocal', where)
+    where = [f'data={photos}'] if data == 'file' else [f'data_dir={tiny_digit_scenes}']
+    if data == 'file' and not name.startswith('pali'):
+        where += [f'retrieval={photos}', f'zero_shot={photos}', 'label=caption', f'classes={"+".join(CAPTIONS)}']
+    small = load(name, 'runlocal', *where)
     stages.check(small)
     for stage, path in stages.run(small, tmp_path / 'run').items():
         assert small[stage].total.steps == 2
         assert bundle.load(path).contract.image_size == small[stage].contract.image_size
-        table = np.genfromtxt(tmp_path / 'run' / stage / 'metrics.csv', delimiter=',', names=True)
-        assert len(table) == 2 and np.isfinite(table['loss']).all()
+        if small[stage].task == 'contrastive':
+            chances = {which: runs.scores(tmp_path / 'run', stage)[which] for which in ('retrieval', 'zero_shot')}
+            assert chances['zero_shot']['accuracy']['chance'] == 1 / 8
+            assert chances['retrieval']['image_to_text/R@1']['n'] == (8 if data == 'file' else 32)
+        losses = runs.losses(tmp_path / 'run' / stage / 'metrics.csv')
+        assert len(losses) == 2 and np.isfinite([float(loss) for _, loss in losses]).all()
+
+
+def test_what_is_scored():
+    """What the data holds out, unless the arguments say otherwise."""
+    pictures = 'decode | resize(256)'
+    shared = dict(batch_size=1024, every=10_000)
+    [siglip, _] = load('siglip_b16').values()
+    held_out = dict(split='val', pipeline=f'{pictures} | first(\'captions/text\', "first")', label='first')
+    assert siglip.evals == {'retrieval': config.Eval('retrieval', 'coco_captions', examples=5000, **held_out, **shared)}
+    [siglip, _] = load('siglip_b16', 'data=mine.jsonl', 'zero_shot=cifar10').values()
+    assert siglip.evals['zero_shot'].classes[3] == 'cat' and siglip.evals['zero_shot'].split == 'test'
+    [own, _] = load('siglip_b16', 'retrieval=none', 'zero_shot=b.jsonl', 'label=pet', 'classes=a cat+a dog').values()
+    of_file = dict(split='train', pipeline=pictures, label='pet', classes=('a cat', 'a dog'))
+    assert own.evals == {
+        'zero_shot': config.Eval('zero_shot', 'b.jsonl', templates=('a photo of {}',), **of_file, **shared)
+    }
+    *_, naflex = load('siglip2_b16_naflex').values()
+    assert naflex.evals['retrieval'].pipeline.startswith('decode | naflex(1024, 256) | first(')
+    for wrong, message in (('zero_shot=b.jsonl', 'name its classes'), ('classes=a+b', 'zero_shot=DATASET')):
+        with pytest.raises(UserError, match=message):
+            load('siglip_b16', wrong)
+
+
+def test_naflex_goes_on_along_the_curve():
+    """The second stage starts at the rate at which the first ends; alone, it starts from a checkpoint."""
+    first, second = load('siglip2_b16_naflex').values()
+    assert (first.total.examples, second.total.examples) == (36_000_000_000, 15_000_000_000)
+    rates = [
+        schedules.learning_rate('cosine', made.optimizer.lr, 1000, 0, curve=made.optimizer.curve)
+        for made in (first, second)
+    ]
+    np.testing.assert_allclose(rates[0](1000), rates[1](0), rtol=1e-5)
+    lengths = 'naflex(1024, 128, 256, 576, 784, 1024)'
+    assert second.data.sources['data'].pipeline.startswith(f'decode | {lengths} | ')
+    [alone] = load('siglip2_b16_naflex', 'siglip=a').values()
+    assert (alone.init_from.path, alone.contract.max_patches) == ('a', 1024)
 
 
 def test_what_is_read():

@@ -67,8 +67,25 @@ def test_as_an_operation():
         transforms.parse('decode | naflex(max_patches=5)', where='p').check_size(CONTRACT, where='p')
     with pytest.raises(UserError, match=r'p: resize\(224\), but contract.max_patches is set: write naflex\(6\)'):
         transforms.parse('decode | resize(224)', where='p').check_size(CONTRACT, where='p')
+    with pytest.raises(UserError, match=r'naflex\(6, … 7\): a row has no more than 6 patches'):
+        transforms.parse('decode | naflex(6, 2, 7)', where='p').check_size(CONTRACT, where='p')
     squares = dataclasses.replace(CONTRACT, max_patches=0)
     with pytest.raises(UserError, match=r'naflex\(6\), but contract.max_patches is 0'):
         pipeline({'image': picture}, transforms.Context(squares, None, train=True))
     with pytest.raises(UserError, match='naflex before decode'):
         transforms.parse('naflex(6)', where='p')({'image': b'x'}, context)
+
+
+def test_lengths_are_drawn_in_training():
+    """Rows stay as long as the contract says; the first length is the one that is evaluated."""
+    picture = np.random.default_rng(0).integers(0, 256, (20, 50, 3), np.uint8)
+    pipeline = transforms.parse('naflex(6, 1, 3)', where='p')
+
+    def grid(train, seed=0):
+        example = pipeline({'image': picture}, transforms.Context(CONTRACT, None, train=train, seed=seed))
+        assert example['patches'].shape == (6, 48) and example['patch_mask'].sum() == example['patch_grid'].prod()
+        return tuple(example['patch_grid'].tolist())
+
+    assert [grid(True, seed) for seed in range(20)].count((1, 3)) in range(5, 16)
+    assert {grid(True, seed) for seed in range(20)} == {(1, 1), (1, 3)}
+    assert grid(False) == (1, 1)

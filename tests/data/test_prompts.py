@@ -34,6 +34,15 @@ def test_training_row():
     }
 
 
+def test_an_image_of_fewer_patches_leaves_padding_behind():
+    row = prompts.generative_row([50, 51], [60, 61], CONTRACT)
+    assert rows(prompts.shorter_image(row, 2, CONTRACT)) == rows(row) | {
+        'segment': [1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 0],
+        'position': [0, 1, 0, 2, 3, 4, 5, 6, 7, 8, 0],
+    }
+    assert rows(prompts.shorter_image(row, 3, CONTRACT)) == rows(row)
+
+
 def test_evaluation_row_ends_after_the_separator():
     assert rows(prompts.generative_row([50], None, CONTRACT)) == {
         'text': [-1, -1, -1, BOS, 50, NEWLINE, PAD, PAD, PAD, PAD, PAD],

@@ -18,6 +18,8 @@ from safetensors.numpy import load_file, save_file
 from big_vlm import config, interop
 from big_vlm.checkpoints import trees
 from big_vlm.config import UserError
+from big_vlm.data import naflex
+from big_vlm.data.tokenizer import Tokenizer
 from big_vlm.interop import big_vision, hugging_face, pretrained, safetensors_files
 from big_vlm.interop.lazy import LazyWeights
 from big_vlm.models import gemma
@@ -25,7 +27,7 @@ from big_vlm.models import gemma
 GOLDENS = Path(__file__).parents[1] / 'goldens'
 DECODERS = ('gemma', 'gemma2', 'gemma3')
 PALIGEMMAS = ('paligemma', 'paligemma2')
-NAMES = ('siglip', 'siglip2', *PALIGEMMAS, *DECODERS)
+NAMES = ('siglip', 'siglip2', 'siglip2_naflex', *PALIGEMMAS, *DECODERS)
 TOLERANCE = 2e-5
 
 
@@ -49,6 +51,26 @@ def test_siglip_computes_what_transformers_does(name):
     weights = params(model)
     zimg, ztxt, out = jax.jit(model.build().apply)(weights, golden['image'], golden['text'])
     close(out['img/blocks'], golden['image_blocks'])
+    close(out['txt/blocks'], golden['text_blocks'])
+    close(zimg, golden['image_embeds'])
+    close(ztxt, golden['text_embeds'])
+    close(zimg @ ztxt.T * jnp.exp(weights['t']) + weights['b'], golden['logits'])
+
+
+def test_naflex_computes_what_transformers_does():
+    """From pictures of three shapes on, through the preprocessing that the folder's files describe."""
+    model, golden = interop.read(GOLDENS / 'siglip2_naflex'), outputs('siglip2_naflex')
+    assert (model.settings.max_patches, model.settings.resample, model.settings.antialias) == (10, 'bilinear', True)
+    contract = model.contract(Tokenizer.load(model.tokenizer))
+    rows = [naflex.rows(golden[f'picture_{i}'], contract) for i in range(3)]
+    patches, mask, grid = (np.stack([row[name] for row in rows]) for name in ('patches', 'patch_mask', 'patch_grid'))
+    np.testing.assert_array_equal(grid, golden['spatial_shapes'])
+    np.testing.assert_array_equal(mask, golden['pixel_attention_mask'])
+    np.testing.assert_allclose(patches[mask] / 127.5 - 1, golden['pixel_values'][mask], atol=1e-6)
+    weights = params(model)
+    images = golden['pixel_values'], mask, grid
+    zimg, ztxt, out = jax.jit(model.build().apply)(weights, images, golden['text'])
+    close(out['img/blocks'][:, mask], golden['image_blocks'][:, mask])
     close(out['txt/blocks'], golden['text_blocks'])
     close(zimg, golden['image_embeds'])
     close(ztxt, golden['text_embeds'])
@@ -167,11 +189,12 @@ def test_decoders_that_are_computed_otherwise_are_refused(tmp_path, content, mes
     assert '\n' not in str(error.value) and str(tmp_path) in str(error.value)
 
 
-@pytest.mark.parametrize('name', ['gemma2', 'gemma3', 'paligemma2'])
+@pytest.mark.parametrize('name', ['siglip2_naflex', 'gemma2', 'gemma3', 'paligemma2'])
 def test_what_is_written_reads_as_the_same_model(tmp_path, name):
     model = interop.read(GOLDENS / name)
     hugging_face.write(tmp_path / 'folder', model)
-    assert interop.read(tmp_path / 'folder').model == model.model
+    again = interop.read(tmp_path / 'folder')
+    assert (again.family, again.model, again.settings) == (model.family, model.model, model.settings)
 
 
 def test_big_visions_paligemma_2_has_no_window(tmp_path):
@@ -354,6 +377,11 @@ def change_config(folder, **changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
+def change_pixels(folder, **changes):
+    file = folder / 'preprocessor_config.json'
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
 def change_section(folder, section, **changes):
     content = json.loads((folder / 'config.json').read_text())
     change_config(folder, **{section: content[section] | changes})
@@ -392,7 +420,7 @@ BIAS = 'vision_model.post_layernorm.bias'
         (
             'gemma',
             lambda f: change_config(f, model_type='llama'),
-            "unknown model_type 'llama'.*valid: gemma, gemma2, gemma3_text, paligemma",
+            "unknown model_type 'llama'.*valid: gemma, gemma2, gemma3_text, paligemma, siglip, siglip2",
         ),
         ('gemma', lambda f: change_config(f, model_type='siglip'), 'not the siglip that its config.json describes'),
         ('gemma', lambda f: change_config(f, num_hidden_layers='two'), 'damaged'),
@@ -417,6 +445,14 @@ BIAS = 'vision_model.post_layernorm.bias'
         ('siglip', tensors(lambda t: t.update(extra=np.zeros(1))), '1 not expected .extra'),
         ('siglip', tensors(lambda t: t.update({BIAS: np.zeros(15, np.float32)})), r'\[15\] instead of \[16\]'),
         ('siglip', tensors(lambda t: t.update({BIAS: np.zeros(16, np.int32)})), 'is I32'),
+        (
+            'siglip2_naflex',
+            lambda f: change_section(f, 'vision_config', num_patches=64),
+            'num_patches is 64, and this family is computed with 256',
+        ),
+        ('siglip2_naflex', lambda f: change_config(f, model_type='siglip'), 'not the siglip that its config.json desc'),
+        ('siglip2_naflex', lambda f: change_pixels(f, patch_size=16), "patch_size 16 is not the model's, 4"),
+        ('siglip2_naflex', lambda f: change_pixels(f, max_num_patches=0), 'max_num_patches 0: must be at least 1'),
         ('siglip2', shard_gone, 'model-00003-of-00005.safetensors'),
         ('siglip2', index_leads_away, 'is no safetensors file of this folder'),
     ],

@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import big_vlm
 from big_vlm import bundle, interop
 from big_vlm.data import prompts
 from big_vlm.data.tokenizer import Tokenizer
 from big_vlm.interop import hugging_face
+from tools import make_goldens
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
@@ -19,6 +21,7 @@ GOLDENS = Path(__file__).parents[1] / 'goldens'
 CLASSES = {
     'siglip': transformers.SiglipModel,
     'siglip2': transformers.SiglipModel,
+    'siglip2_naflex': transformers.Siglip2Model,
     'paligemma': transformers.PaliGemmaForConditionalGeneration,
     'paligemma2': transformers.PaliGemmaForConditionalGeneration,
     'gemma': transformers.GemmaForCausalLM,
@@ -53,7 +56,9 @@ def run(model, name):
     pixels = torch.tensor(golden['image'].transpose(0, 3, 1, 2)) if 'image' in golden else None
     with torch.no_grad():
         if name.startswith('siglip'):
-            out = model(input_ids=text, pixel_values=pixels)
+            rows = ('pixel_values', 'pixel_attention_mask', 'spatial_shapes')
+            images = {key: torch.tensor(golden[key]) for key in rows} if pixels is None else dict(pixel_values=pixels)
+            out = model(input_ids=text, **images)
             return dict(logits=out.logits_per_image, image_embeds=out.image_embeds, text_embeds=out.text_embeds)
         if name.startswith('gemma'):
             return dict(logits=model(text).logits)
@@ -83,7 +88,7 @@ def test_the_goldens_are_what_transformers_computes(name):
         np.testing.assert_allclose(value, golden[key], rtol=0, atol=1e-6 * np.abs(golden[key]).max(), err_msg=key)
 
 
-@pytest.mark.parametrize('name', ['siglip', 'siglip2', 'paligemma', 'paligemma2'])
+@pytest.mark.parametrize('name', ['siglip', 'siglip2', 'siglip2_naflex', 'paligemma', 'paligemma2'])
 def test_texts_become_the_same_ids(exported, name):
     theirs = transformers.AutoTokenizer.from_pretrained(exported / name)
     model = interop.read(exported / name)
@@ -107,3 +112,34 @@ def test_pixels_become_the_same(exported):
     image = np.random.default_rng(0).integers(0, 256, (14, 14, 3), np.uint8)
     got = theirs(images=[image], return_tensors='np')['pixel_values'][0]
     np.testing.assert_allclose(got.transpose(1, 2, 0), image / 127.5 - 1, atol=1e-6)
+
+
+@pytest.mark.parametrize('seed', [1, 2])
+def test_naflex_embeds_pictures_of_any_shape_as_transformers(tmp_path, seed):
+    """Random weights as transformers saves them → a bundle, against its model and its image processor."""
+    from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
+
+    golden = GOLDENS / 'siglip2_naflex'
+    theirs = make_goldens.randomize(transformers.Siglip2Model.from_pretrained(golden), seed)
+    theirs.save_pretrained(tmp_path / 'theirs')
+    processor = Siglip2ImageProcessorPil(patch_size=4, max_num_patches=20 + seed)
+    processor.save_pretrained(tmp_path / 'theirs')
+    tokenizer = golden / 'tokenizer.model'
+    bundle.convert(tmp_path / 'theirs', tmp_path / 'bundle', tokenizer=tokenizer)
+    towers = big_vlm.load(tmp_path / 'bundle')
+    rng = np.random.default_rng(seed)
+    shapes = [(40, 30), (16, 90), (90, 16), (11, 11), (6, 200), (2, 7)]
+    pictures = [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in shapes]
+    texts = ['a red three', 'two blue circles']
+    ours = towers.embed(images=pictures, texts=texts)
+    ids = [prompts.contrastive_text(towers.tokenizer.encode(text), towers.contract)[0] for text in texts]
+    with torch.no_grad():
+        out = theirs(input_ids=torch.tensor(np.stack(ids)).long(), **processor(pictures, return_tensors='pt'))
+    for name, expected in (('image', out.image_embeds), ('text', out.text_embeds)):
+        np.testing.assert_allclose(ours[name], expected, rtol=0, atol=2e-5 * np.abs(expected.numpy()).max())
+    # And back: what is written is what was read.
+    bundle.convert(tmp_path / 'bundle', tmp_path / 'again')
+    again, info = transformers.Siglip2Model.from_pretrained(tmp_path / 'again', output_loading_info=True)
+    assert not any(info[kind] for kind in ('missing_keys', 'unexpected_keys', 'mismatched_keys'))
+    for name, weight in theirs.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name]), name

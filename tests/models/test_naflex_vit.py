@@ -6,9 +6,9 @@ import pytest
 
 from big_vlm import config, tasks
 from big_vlm.config import UserError
-from big_vlm.data import naflex
+from big_vlm.data import naflex, prompts
 from big_vlm.data.contract import Contract
-from big_vlm.models import naflex_vit, two_towers
+from big_vlm.models import naflex_vit, paligemma, two_towers
 from big_vlm.ops import position_resize
 
 D, N, HEADS = 16, 24, 2
@@ -174,7 +174,69 @@ def test_what_it_does_not_have(image, message):
 
 
 def test_what_a_stage_cannot_ask_for():
-    with pytest.raises(UserError, match='contract.max_patches: NaFlex is for contrastive stages'):
-        stage(task='generative')
     with pytest.raises(UserError, match='contract: image_size and max_patches are both given; keep one'):
         stage(contract={'image_size': 64})
+
+
+def decoder(count):
+    """(contract, task) of a decoder that sees rows of `count` patches."""
+    made = config.parse_stage(
+        {
+            'task': 'generative',
+            'total': {'steps': 1},
+            'data': {'sources': {'a': {}}},
+            'contract': {'max_patches': count, 'text_length': 8},
+            'model': {
+                'image': TINY,
+                'decoder': dict(width=16, depth=2, mlp_dim=24, num_heads=2, num_kv_heads=1, head_dim=8),
+            },
+        }
+    )
+    settings = dict(max_patches=count, patch_size=tasks.patch_size(made))
+    slots = tasks.image_slots(made)
+    assert slots == count
+    text = (8, True, True, '\n', (3,), slots, 40, 0, 2, 1, '')
+    contract = Contract(224, 'bilinear', True, (-1.0, 1.0), *text, **settings)
+    return contract, tasks.make(made, contract)
+
+
+def batch_of(contract, pictures, suffix):
+    made = []
+    for i, picture in enumerate(pictures):
+        row, image = prompts.generative_row([7 + i, 9], suffix, contract), naflex.rows(picture, contract)
+        made.append(prompts.shorter_image(row, int(image['patch_mask'].sum()), contract) | image)
+    return {name: np.stack([row[name] for row in made]) for name in made[0]}
+
+
+def test_under_a_decoder():
+    """An image in a row that it does not fill, beside others, is what it is in a row of its own length; answers too."""
+    pictures = [np.random.default_rng(i).integers(0, 256, (*s, 3), np.uint8) for i, s in enumerate([(8, 44), (30, 30)])]
+    contract, task = decoder(N)
+    params = random_params(lambda rng: task.init(rng)[0])
+    suffix = [11, 12]
+    batch = batch_of(contract, pictures, suffix)
+    filled = batch['patch_mask'].sum(axis=1)
+    assert filled[0] == 22 and (filled <= N).all()
+    scores = jax.jit(task.predict['score'])(params, batch)
+    np.testing.assert_array_equal(batch['position'][0, N:][:3], [22, 23, 24])
+    exact, alone = decoder(22)
+    single = {name: x for name, x in batch_of(exact, pictures[:1], suffix).items()}
+    assert single['patch_mask'].all() and (single['position'] >= 0).all()
+    np.testing.assert_allclose(scores[0], alone.predict['score'](params, single)[0], rtol=2e-5)
+    # Token by token, from a cache that holds no padding.
+    weights = task.predict['decode_params'](params)
+    prompt = batch_of(contract, pictures, None)
+    logits, cache = jax.jit(task.predict['prefill'], static_argnums=2)(weights, prompt, N + 12)
+    assert cache.length.tolist() == (filled + 4).tolist()
+    total = np.zeros(2)
+    for token in (*suffix, contract.eos_id):
+        total += np.asarray(jax.nn.log_softmax(logits))[:, token]
+        logits, cache = task.predict['decode_step'](weights, cache, np.full(2, token, np.int32))
+    np.testing.assert_allclose(total, scores, rtol=2e-5)
+
+
+@pytest.mark.parametrize('projector', ['cls', 'pooled'])
+def test_projectors_that_need_a_square(projector):
+    model = config.Model(projector=projector)
+    with pytest.raises(UserError, match=f"model.projector '{projector}': with contract.max_patches there is no"):
+        paligemma.from_config(model, image_size=224, vocab_size=10, max_patches=9)

@@ -21,7 +21,7 @@ from tools import convert
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDENS = ROOT / 'tests' / 'goldens'
-MODELS = ('siglip', 'siglip2', 'paligemma', 'paligemma2')
+MODELS = ('siglip', 'siglip2', 'siglip2_naflex', 'paligemma', 'paligemma2')
 
 
 def test_help_shows_examples_and_imports_nothing_heavy():

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import einops
 import jax
 import numpy as np
 import pytest
@@ -61,6 +62,31 @@ def test_a_dual_encoder_whole(tmp_path, source):
     np.testing.assert_array_equal(first[table][300:], fresh[table][300:])
     for name in set(first) - {table}:
         np.testing.assert_array_equal(first[name], model.weights.read(name), err_msg=name)
+
+
+@pytest.mark.parametrize('naflex', [True, False])
+def test_naflex_from_a_fixed_resolution_and_back(tmp_path, naflex):
+    """On a square of the resolution that the positions are of, both towers see the same."""
+    model = interop.read(SIGLIP)
+    square = dataclasses.replace(model, settings=dataclasses.replace(model.settings, image_size=64))
+    rows = dataclasses.replace(model, settings=config.Contract(max_patches=256, text_length=7))
+    params = trees.nested({name: model.weights.read(name) for name in model.weights.shapes})
+    first = position_resize.antialiased(params['img']['pos_embedding'], (16, 16))
+    params['img']['pos_embedding'] = np.asarray(first)
+    if not naflex:
+        params['img']['pos_embedding'] = params['img']['pos_embedding'].reshape(16, 16, 16)
+        params['img']['embedding']['kernel'] = params['img']['embedding']['kernel'].reshape(48, 16)
+    np.savez(tmp_path / 'x.npz', **trees.flat(params))
+    stage, task = stage_of(rows if naflex else square, path=f'{tmp_path}/x.npz')
+    taken = trees.nested(loaded(stage, task)[1])
+    ours = taken if naflex else params
+    theirs = params if naflex else taken
+    image = np.random.default_rng(0).uniform(-1, 1, (2, 64, 64, 3)).astype(np.float32)
+    patches = einops.rearrange(image, 'B (h p) (w q) C -> B (h w) (p q C)', p=4, q=4)
+    grid, mask = np.full((2, 2), 16, np.int32), np.ones((2, 256), bool)
+    one = square.build().img.apply({'params': theirs['img']}, image)[0]
+    other = rows.build().img.apply({'params': ours['img']}, patches, mask, grid)[0]
+    np.testing.assert_allclose(other, one, rtol=0, atol=2e-5 * np.abs(one).max())
 
 
 def test_a_language_model_as_text_tower():

@@ -57,6 +57,16 @@ def test_without_warmup_the_first_step_is_at_the_peak():
     assert schedules.learning_rate('linear', 2.0, 10, 10)(9) == pytest.approx(1.8)
 
 
+@pytest.mark.parametrize('name', ['linear', 'cosine'])
+def test_parts_of_a_curve_join(name):
+    """Ten steps, of which the last fifth is stretched to four steps."""
+    whole = schedules.learning_rate(name, 4.0, 10, 0)
+    first = schedules.learning_rate(name, 4.0, 8, 0, curve=(0.0, 0.8))
+    last = schedules.learning_rate(name, 4.0, 4, 0, curve=(0.8, 1.0))
+    np.testing.assert_allclose([first(i) for i in range(9)], [whole(i) for i in range(9)], rtol=1e-6)
+    np.testing.assert_allclose([last(i) for i in (0, 2, 4)], [whole(i) for i in (8, 9, 10)], rtol=1e-5, atol=1e-6)
+
+
 def test_impossible_schedules():
     with pytest.raises(UserError, match="unknown schedule 'cosin' .*did you mean 'cosine'"):
         schedules.learning_rate('cosin', 1.0, 10, 0)

@@ -1,0 +1,203 @@
+"""The parity doctor: a model beside an oracle on the same input, stage by stage, and why they part.
+
+Pixels and ids are compared as each side makes them; every later stage is computed from the oracle's. A cause is named
+only if mending it makes the divergence vanish.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import numpy as np
+
+from big_vlm import bundle, interop
+from big_vlm.checks import faults
+from big_vlm.checks.states import Side, Tokens, open_pair, relative_error
+from big_vlm.checks.transformers_oracle import TransformersOracle
+from big_vlm.config import UserError, unknown
+from big_vlm.data import images
+
+LIMIT = 2e-5  # largest difference over the oracle's largest value; float32 in another order stays below a quarter
+ORACLES = ('transformers', 'big_vlm')
+PIXELS, TOKENS = 'pixels', 'token ids'
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """Where the sides part. `causes`: (name, detail) of what makes it vanish when mended; empty: none known does."""
+
+    stage: str
+    causes: tuple[tuple[str, str], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `examine` saw.
+
+    Attributes:
+      oracle: who computed the other side.
+      errors: stage → largest difference over the oracle's largest value, or the share of ids that differ; inf for
+        another shape, None for what the oracle has no files to make.
+      weights: the same of every array that is not the oracle's.
+      findings: in the order of computation. Each is what remains once those before it are mended.
+    """
+
+    oracle: str
+    errors: Mapping[str, float | None]
+    weights: Mapping[str, float]
+    findings: tuple[Finding, ...]
+
+    @property
+    def first(self) -> str | None:
+        """The first divergent stage."""
+        return first_divergence(self.errors)
+
+    @property
+    def agrees(self) -> bool:
+        """Every stage, and every weight."""
+        return self.first is None and not self.weights
+
+
+def examine(
+    source: str | os.PathLike,
+    against: str | os.PathLike,
+    *,
+    oracle: str = '',
+    image: images.ImageLike | None = None,
+    prompt: str = 'A red Apple',
+    answer: str = 'on a table',
+    say: Callable[[str], None] = lambda line: None,
+) -> Report:
+    """Compares a model with an oracle.
+
+    Args:
+      source: a bundle, or any checkpoint that `bundle.convert` reads.
+      against: a Hugging Face folder, an `.npz`, or another of those.
+      oracle: 'transformers' (torch; what is no folder of Hugging Face is written as one first) or 'big_vlm' (our own
+        models on the weights of `against`, which shows differences of weights, settings and preprocessing but not of
+        mathematics); '': transformers for a folder of Hugging Face, else big_vlm.
+      image: None draws one, of another size than the model's.
+      prompt: the text; capitals show a difference in case, and fewer tokens than fit one in padding.
+      answer: of a PaliGemma, after the prompt.
+      say: called with a line before what takes time.
+
+    Raises:
+      UserError: a checkpoint that cannot be read, two of unlike architecture, no torch, a prompt that does not fit.
+    """
+    folder = interop.format_of(against) == 'hugging_face'
+    oracle = oracle or ORACLES[0 if folder else 1]
+    if oracle not in ORACLES:
+        raise unknown('oracle', oracle, ORACLES)
+    say(f'reading {source} and {against}')
+    side, other = open_pair(source, against)
+    with contextlib.ExitStack() as stack:
+        theirs, name = other, f"big_vlm's own code on the weights of {against}"
+        if oracle == 'transformers':
+            say('starting transformers')
+            path = pathlib.Path(against).expanduser()
+            if not folder:
+                path = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory())) / 'model'
+                bundle.convert(against, path, to='hugging_face')
+            theirs = TransformersOracle(path, other.model)
+            name = theirs.name
+        # The preprocessing that we have just written would be no oracle of it.
+        makes = theirs if folder else other
+        errors: dict[str, float | None] = {}
+        findings = []
+        pixels = None
+        if side.sees:
+            picture = _draw(side.contract.image_size) if image is None else images.read(image)
+            pixels = makes.pixels(picture)
+            error = _against(pixels, lambda s: relative_error(s.pixels(picture), pixels))
+            errors[PIXELS] = error(side)
+            if _diverges(errors[PIXELS]):
+                findings.append(_explain(PIXELS, side, faults.of_pixels(side, other), error)[0])
+            pixels = side.pixels(picture) if pixels is None else pixels
+        tokens = makes.tokens(prompt, answer)
+        error = _against(tokens, lambda s: _ids_error(s.tokens(prompt, answer), tokens))
+        errors[TOKENS] = error(side)
+        if _diverges(errors[TOKENS]):
+            findings.append(_explain(TOKENS, side, faults.of_tokens(side, other, tokens), error)[0])
+        tokens = side.tokens(prompt, answer) if tokens is None else tokens
+        say(f'computing {name}')
+        expected = theirs.states(pixels, tokens)
+
+    def compare(side: Side) -> dict[str, float | None]:
+        return _compare(side.states(pixels, tokens), expected, name)
+
+    say(f'computing {source}')
+    states = compare(side)
+    findings += _explain_states(side, other, states, compare, say)
+    return Report(name, errors | states, faults.differing(side, other), tuple(findings))
+
+
+def first_divergence(errors: Mapping[str, float | None]) -> str | None:
+    """The first stage beyond LIMIT; an error that is not a number is beyond it."""
+    return next((stage for stage, error in errors.items() if _diverges(error)), None)
+
+
+def _diverges(error):
+    return error is not None and not error <= LIMIT
+
+
+def _against(theirs, error):
+    """`error` of a side; of nothing, where the oracle makes nothing to compare with."""
+    return lambda side: None if theirs is None else error(side)
+
+
+def _explain(
+    stage: str,
+    side: Side,
+    trials: Iterable[tuple[faults.Fault, ...]],
+    error: Callable[[Side], float | None],
+) -> tuple[Finding, Side | None]:
+    """(the finding, the side without its causes): the first trial after which `error` is within LIMIT."""
+    for trial in trials:
+        mended = side
+        for fault in trial:
+            mended = fault.mend(mended)
+        if not _diverges(error(mended)):
+            return Finding(stage, tuple((fault.name, fault.detail) for fault in trial)), mended
+    return Finding(stage, ()), None
+
+
+def _explain_states(side, other, errors, compare, say) -> Iterator[Finding]:
+    """One finding after the other, each on the side that those before it left, until all agrees or nothing helps."""
+    stages = list(errors)
+    while stage := first_divergence(errors):
+        say(f'{stage} diverges; trying the known causes')
+        until = stages[: stages.index(stage) + 1]
+
+        def error(side: Side, until=until) -> float:
+            found = compare(side)
+            return max(found[name] for name in until)
+
+        finding, mended = _explain(stage, side, faults.of_states(side, other, stage), error)
+        yield finding
+        if mended is None:
+            return
+        side, errors = mended, compare(mended)
+
+
+def _compare(mine: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], name: str) -> dict[str, float | None]:
+    if missing := [stage for stage in mine if stage not in theirs]:
+        raise UserError(f'{name} shows no {", ".join(missing[:4])}: this release names its modules otherwise')
+    return {stage: relative_error(x, theirs[stage]) for stage, x in mine.items()}
+
+
+def _ids_error(mine: Tokens, theirs: Tokens) -> float:
+    """The share of slots that are not the oracle's."""
+    if len(mine.ids) != len(theirs.ids):
+        return math.inf
+    return float(np.mean((mine.ids != theirs.ids) | (mine.answer != theirs.answer)))
+
+
+def _draw(size: int) -> np.ndarray:
+    """uint8 noise of another size than the model's: no two filters make the same of it."""
+    return np.random.default_rng(0).integers(0, 256, (3 * size // 2 + 1, 2 * size + 3, 3), np.uint8)

@@ -1,0 +1,220 @@
+"""The known ways for two implementations of one model to differ, each as a change that would mend it.
+
+Nothing here decides: `doctor` makes the change, computes again, and names the fault only if the divergence is gone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from big_vlm.checks.states import Side, Tokens, relative_error
+from big_vlm.interop import hugging_face, pretrained
+
+SAME = 1e-6  # weights closer than this to one another, relative to the largest, are copies
+
+
+class Fault(NamedTuple):
+    """`name`: as people know it; `detail`: what is where; `mend`: the side without it."""
+
+    name: str
+    detail: str
+    mend: Callable[[Side], Side]
+
+
+def of_pixels(side: Side, other: Side) -> Iterator[tuple[Fault, ...]]:
+    """What may be wrong with a side's pixels, the simplest first. `other`: what the oracle's files say."""
+    now = side.contract
+    resize = [
+        _contract('resampling', f'{_resize(now.resample, now.antialias)} here, {_resize(*new)} in the oracle', **fields)
+        for new in itertools.product(('bilinear', 'bicubic'), (True, False))
+        if (fields := dict(resample=new[0], antialias=new[1])) and new != (now.resample, now.antialias)
+    ]
+    ranges = [
+        _contract('value range', f'{now.value_range} here, {new} in the oracle', value_range=new)
+        for new in dict.fromkeys((other.contract.value_range, (-1.0, 1.0), (0.0, 1.0)))
+        if new != now.value_range
+    ]
+    return _combined(resize, ranges)
+
+
+def of_tokens(side: Side, other: Side, theirs: Tokens) -> Iterator[tuple[Fault, ...]]:
+    """What may be wrong with a side's ids, the simplest first."""
+    now, newline = side.contract, tuple(side.tokenizer.encode('\n'))
+    written, ends = ('as written', 'lower-cased'), ('without', 'with')
+    detail = f'text is {written[now.lower]} here, {written[not now.lower]} in the oracle'
+    groups = [[_contract('case', detail, lower=not now.lower)]]
+    if side.model.family in pretrained.TOWERS:
+        pads = {other.contract.pad_id, int(theirs.ids[-1])} - {now.pad_id}
+        groups.append(
+            [_contract('padding id', f'{now.pad_id} here, {i} in the oracle', pad_id=i) for i in sorted(pads)]
+        )
+        detail = f'text ends {ends[now.eos]} an end token here, {ends[not now.eos]} one in the oracle'
+        groups.append([_contract('end token', detail, eos=not now.eos)])
+    elif side.sees:
+        detail = 'tokenized on its own here, together with the prompt in the oracle'
+        groups.append([Fault('newline', detail, lambda s: dataclasses.replace(s, joint=True))])
+        if newline != now.separator_ids:
+            detail = f'between prompt and answer {list(now.separator_ids)} here, {list(newline)} in the oracle'
+            groups[-1].append(_contract('newline', detail, separator='\n', separator_ids=newline))
+    return _combined(*groups)
+
+
+def of_states(side: Side, other: Side, stage: str) -> Iterator[tuple[Fault, ...]]:
+    """What may be wrong with a model whose first divergent state is `stage`, the likeliest first.
+
+    First what differs between the two files, settings and weights. Then what would be wrong with both, as where one was
+    made of the other by a reader that is wrong: the norms and the square projections of the stage's tower.
+    """
+    yield from _combined(
+        _sections(side, other), _softcap(side, other, stage), _features(side, stage), *_copies(side, other)
+    )
+    part = {'image': 'img/', 'text': 'txt/'}.get(stage.split()[0], 'llm/')
+    if norms := [name for name in side.weights if name.startswith(part) and name.endswith('/scale')]:
+        yield (_offset('here', norms, 1.0),)
+        yield (_offset('here', norms, -1.0),)
+    for row in _projections(side):
+        if row.our_name.startswith(part):
+            changes = {(row, i): _transposed(row, _entry(side, row, i)) for i in _layers(side, row)}
+            yield (_entries('transposed projection', f'{row.theirs} in {row.our_name}', changes),)
+
+
+def differing(side: Side, other: Side) -> dict[str, float]:
+    """Name of every array that is not the one in the oracle's file → its relative error."""
+    errors = {name: relative_error(x, other.weights[name]) for name, x in side.weights.items()}
+    return {name: error for name, error in errors.items() if not error <= SAME}
+
+
+def _sections(side, other):
+    """A section of the model at a time, as the oracle's file has it. A cap of the logits has its own name."""
+    for section in ('image', 'text', 'decoder'):
+        mine, theirs = (getattr(x.model.model, section) for x in (side, other))
+        if section == 'decoder':
+            theirs = dataclasses.replace(theirs, final_softcap=mine.final_softcap)
+        if mine != theirs:
+            fields = [f.name for f in dataclasses.fields(mine) if getattr(mine, f.name) != getattr(theirs, f.name)]
+            pairs = (f'model.{section}.{n} {getattr(mine, n)!r} here, {getattr(theirs, n)!r} there' for n in fields)
+            yield Fault('settings', '; '.join(pairs), _section(section, theirs))
+
+
+def _softcap(side, other, stage):
+    if stage != 'logits' or side.model.family in pretrained.TOWERS:
+        return
+    decoder = side.model.model.decoder
+    for cap in dict.fromkeys((other.model.model.decoder.final_softcap, 0.0, 30.0)):
+        if cap != decoder.final_softcap:
+            here, there = (f'capped at {x:g}' if x else 'not capped' for x in (decoder.final_softcap, cap))
+            mend = _section('decoder', dataclasses.replace(decoder, final_softcap=cap))
+            yield Fault('softcap', f'output logits are {here} here, {there} in the oracle', mend)
+
+
+def _section(name, value):
+    def mend(side):
+        sections = dataclasses.replace(side.model.model, **{name: value})
+        return dataclasses.replace(side, model=dataclasses.replace(side.model, model=sections))
+
+    return mend
+
+
+def _features(side, stage):
+    """Text embeddings take a sqrt D, image features do not: a code that divides them first multiplies them later."""
+    if stage not in ('image projected', 'decoder image slots'):
+        return
+    root = np.sqrt(np.float32(side.weights['llm/final_norm/scale'].size))
+    head = [name for name in side.weights if name.startswith('img/head/')]
+    for factor, what in ((1 / root, 'times'), (root, 'divided by')):
+        detail = f"here they are the oracle's {what} the root of the decoder's width"
+        yield _weights('image features scaled twice', detail, head, lambda w, by=factor: w * by)
+
+
+def _copies(side, other):
+    """Alternatives of two kinds: arrays that are the oracle's file's but for one more or less, or transposed."""
+    norms, changes = {1.0: [], -1.0: []}, {}
+    for name in differing(side, other):
+        for by, names in norms.items():
+            if name.endswith('/scale') and relative_error(side.weights[name] - by, other.weights[name]) <= SAME:
+                names.append(name)
+    for row in _projections(side):
+        for i in _layers(side, row):
+            mine, theirs = _entry(side, row, i), _entry(other, row, i)
+            if relative_error(mine, theirs) > SAME >= relative_error(turned := _transposed(row, mine), theirs):
+                changes[row, i] = turned
+    turns = _some(list(dict.fromkeys(f'{row.theirs} in {row.our_name}' for row, _ in changes)))
+    return (
+        [_offset('in the file', names, by) for by, names in norms.items() if names],
+        [_entries('transposed projection', turns, changes)] if changes else [],
+    )
+
+
+def _offset(where, names, by):
+    detail = f"{_some(names)}: {where} the oracle's {'plus' if by > 0 else 'minus'} one"
+    return _weights('norm offset', detail, names, lambda w: w - np.float32(by))
+
+
+def _layers(side, row):
+    return range(len(side.weights[row.our_name]) if row.stacked else 1)
+
+
+def _projections(side):
+    """The rows of Hugging Face's table whose last two axes are equally long: a transposition has the same shape."""
+    for row in hugging_face.table_of(side.model.family, side.model.model):
+        shape = row.to_theirs(_entry(side, row, 0)).shape
+        if len(shape) > 1 and shape[-1] == shape[-2] and 'position' not in row.theirs:
+            yield row
+
+
+def _entry(side, row, i):
+    return side.weights[row.our_name][row.index(i)]
+
+
+def _transposed(row, entry):
+    turned = row.to_theirs(entry).swapaxes(-1, -2)
+    _, count = row.their_part()
+    return row.to_ours(np.concatenate([turned] * count))
+
+
+def _contract(name, detail, **fields):
+    def mend(side):
+        return dataclasses.replace(side, contract=dataclasses.replace(side.contract, **fields))
+
+    return Fault(name, detail, mend)
+
+
+def _weights(name, detail, names, change):
+    def mend(side):
+        return dataclasses.replace(side, weights={**side.weights, **{n: change(side.weights[n]) for n in names}})
+
+    return Fault(name, detail, mend)
+
+
+def _entries(name, detail, changes):
+    """`changes`: (row, layer) → what belongs there."""
+
+    def mend(side):
+        weights = dict(side.weights)
+        for row in {row for row, _ in changes}:
+            weights[row.our_name] = weights[row.our_name].copy()
+        for (row, i), entry in changes.items():
+            weights[row.our_name][row.index(i)] = entry
+        return dataclasses.replace(side, weights=weights)
+
+    return Fault(name, detail, mend)
+
+
+def _combined(*groups) -> Iterator[tuple[Fault, ...]]:
+    """One fault of one group, then of two groups, and so on."""
+    options = [[None, *group] for group in groups]
+    chosen = (tuple(fault for fault in pick if fault) for pick in itertools.product(*options))
+    yield from sorted(filter(None, chosen), key=len)
+
+
+def _resize(method, antialias):
+    return f'{method} {"with" if antialias else "without"} antialias'
+
+
+def _some(names: Sequence[str]) -> str:
+    return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')

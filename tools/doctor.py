@@ -20,7 +20,8 @@ who is the oracle:
                 other mathematics, other preprocessing, other readers: every difference shows. An .npz or a bundle is
                 written as such a folder first if you ask for it; its preprocessing is then that of the file.
   big_vlm       our own code on the weights of PATH, for an .npz or a bundle. Weights, settings and preprocessing are
-                compared, mathematics is not. What an .npz does not say is big_vision's: bilinear resize, pixels in -1..1.
+                compared, mathematics is not. What an .npz does not say is big_vision's: bilinear resize, no antialias,
+                pixels in -1..1, output logits without a cap.
 
 how to read the table: pixels and token ids as each side makes them from one picture and one text, then every state of
 the models, both computed from the oracle's pixels and ids. A number is the largest difference over the oracle's largest

@@ -17,9 +17,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import numpy as np
 
 from big_vlm import bundle, interop
-from big_vlm.checks import faults
+from big_vlm.checks import faults, transformers_oracle
 from big_vlm.checks.states import Side, Tokens, open_pair, relative_error
-from big_vlm.checks.transformers_oracle import TransformersOracle
 from big_vlm.config import UserError, unknown
 from big_vlm.data import images
 
@@ -94,6 +93,8 @@ def examine(
     oracle = oracle or ORACLES[0 if folder else 1]
     if oracle not in ORACLES:
         raise unknown('oracle', oracle, ORACLES)
+    if oracle == 'transformers':  # before gigabytes are read
+        transformers_oracle.require()
     say(f'reading {source} and {against}')
     side, other = open_pair(source, against)
     with contextlib.ExitStack() as stack:
@@ -104,7 +105,7 @@ def examine(
             if not folder:
                 path = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory())) / 'model'
                 bundle.convert(against, path, to='hugging_face')
-            theirs = TransformersOracle(path, other.model)
+            theirs = transformers_oracle.load(path, other.model)
             name = theirs.name
         # The preprocessing that we have just written would be no oracle of it.
         makes = theirs if folder else other

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -70,17 +70,15 @@ def of_states(side: Side, other: Side, stage: str) -> Iterator[tuple[Fault, ...]
     First what differs between the two files, settings and weights. Then what would be wrong with both, as where one was
     made of the other by a reader that is wrong: the norms and the square projections of the stage's tower.
     """
-    yield from _combined(
-        _sections(side, other), _softcap(side, other, stage), _features(side, stage), *_copies(side, other)
-    )
+    groups = _sections(side, other), _softcap(side, other, stage), _features(side, stage), *_copies(side, other)
+    yield from _combined(*groups)
     part = {'image': 'img/', 'text': 'txt/'}.get(stage.split()[0], 'llm/')
     if norms := [name for name in side.weights if name.startswith(part) and name.endswith('/scale')]:
-        yield (_offset('here', norms, 1.0),)
-        yield (_offset('here', norms, -1.0),)
+        for names, by in itertools.product((norms, *([name] for name in norms)), (1, -1)):
+            yield (_offset({name: side.weights[name] - np.float32(by) for name in names}, by),)
     for row in _projections(side):
         if row.our_name.startswith(part):
-            changes = {(row, i): _transposed(row, _entry(side, row, i)) for i in _layers(side, row)}
-            yield (_entries('transposed projection', f'{row.theirs} in {row.our_name}', changes),)
+            yield (_turned(side, {(row, i): _transposed(side, row, i) for i in _layers(side, row)}),)
 
 
 def differing(side: Side, other: Side) -> dict[str, float]:
@@ -128,31 +126,41 @@ def _features(side, stage):
     head = [name for name in side.weights if name.startswith('img/head/')]
     for factor, what in ((1 / root, 'times'), (root, 'divided by')):
         detail = f"here they are the oracle's {what} the root of the decoder's width"
-        yield _weights('image features scaled twice', detail, head, lambda w, by=factor: w * by)
+        arrays = {name: side.weights[name] * factor for name in head}
+        yield _weights('image features scaled twice', detail, arrays)
 
 
 def _copies(side, other):
     """Alternatives of two kinds: arrays that are the oracle's file's but for one more or less, or transposed."""
-    norms, changes = {1.0: [], -1.0: []}, {}
-    for name in differing(side, other):
-        for by, names in norms.items():
-            if name.endswith('/scale') and relative_error(side.weights[name] - by, other.weights[name]) <= SAME:
-                names.append(name)
+    scales = [name for name in differing(side, other) if name.endswith('/scale')]
+    norms = {}
+    for by in (1, -1):
+        for name in scales:
+            x, expected = side.weights[name], other.weights[name]
+            off = np.abs(x - by - expected).max(-1, keepdims=True) <= SAME * np.abs(x).max()  # layer by layer
+            if off.any():
+                norms.setdefault(by, {})[name] = x - by * off.astype(np.float32)
+    changes = {}
     for row in _projections(side):
         for i in _layers(side, row):
             mine, theirs = _entry(side, row, i), _entry(other, row, i)
-            if relative_error(mine, theirs) > SAME >= relative_error(turned := _transposed(row, mine), theirs):
+            if relative_error(mine, theirs) > SAME >= relative_error(turned := _transposed(side, row, i), theirs):
                 changes[row, i] = turned
-    turns = _some(list(dict.fromkeys(f'{row.theirs} in {row.our_name}' for row, _ in changes)))
-    return (
-        [_offset('in the file', names, by) for by, names in norms.items() if names],
-        [_entries('transposed projection', turns, changes)] if changes else [],
-    )
+    return [_offset(arrays, by) for by, arrays in norms.items()], [_turned(side, changes)] if changes else []
 
 
-def _offset(where, names, by):
-    detail = f"{_some(names)}: {where} the oracle's {'plus' if by > 0 else 'minus'} one"
-    return _weights('norm offset', detail, names, lambda w: w - np.float32(by))
+def _offset(mended, by):
+    detail = f"{_some(mended)}: here the oracle's {'plus' if by > 0 else 'minus'} one"
+    return _weights('norm offset', detail, mended)
+
+
+def _turned(side, changes):
+    """`changes`: (row, layer) → what belongs there."""
+    arrays = {row.our_name: side.weights[row.our_name].copy() for row, _ in changes}
+    for (row, i), entry in changes.items():
+        arrays[row.our_name][row.index(i)] = entry
+    theirs = dict.fromkeys(f'{row.theirs}, in {row.our_name}' for row, _ in changes)
+    return _weights('transposed projection', _some(theirs), arrays)
 
 
 def _layers(side, row):
@@ -171,10 +179,10 @@ def _entry(side, row, i):
     return side.weights[row.our_name][row.index(i)]
 
 
-def _transposed(row, entry):
-    turned = row.to_theirs(entry).swapaxes(-1, -2)
+def _transposed(side, row, i):
+    turned = row.to_theirs(_entry(side, row, i)).swapaxes(-1, -2)
     _, count = row.their_part()
-    return row.to_ours(np.concatenate([turned] * count))
+    return row.to_ours(np.concatenate([turned] * count))  # which takes its part of them
 
 
 def _contract(name, detail, **fields):
@@ -184,25 +192,8 @@ def _contract(name, detail, **fields):
     return Fault(name, detail, mend)
 
 
-def _weights(name, detail, names, change):
-    def mend(side):
-        return dataclasses.replace(side, weights={**side.weights, **{n: change(side.weights[n]) for n in names}})
-
-    return Fault(name, detail, mend)
-
-
-def _entries(name, detail, changes):
-    """`changes`: (row, layer) → what belongs there."""
-
-    def mend(side):
-        weights = dict(side.weights)
-        for row in {row for row, _ in changes}:
-            weights[row.our_name] = weights[row.our_name].copy()
-        for (row, i), entry in changes.items():
-            weights[row.our_name][row.index(i)] = entry
-        return dataclasses.replace(side, weights=weights)
-
-    return Fault(name, detail, mend)
+def _weights(name, detail, arrays):
+    return Fault(name, detail, lambda side: dataclasses.replace(side, weights={**side.weights, **arrays}))
 
 
 def _combined(*groups) -> Iterator[tuple[Fault, ...]]:
@@ -216,5 +207,6 @@ def _resize(method, antialias):
     return f'{method} {"with" if antialias else "without"} antialias'
 
 
-def _some(names: Sequence[str]) -> str:
-    return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
+def _some(names: Iterable[str]) -> str:
+    first, *more = names
+    return f'{first} and {len(more)} more' if more else first

@@ -119,7 +119,11 @@ def open_pair(source: str | os.PathLike, against: str | os.PathLike) -> tuple[Si
     tokenizer = model.own_tokenizer() or other.own_tokenizer()
     if tokenizer is None:
         raise UserError(f'neither {source} nor {against} comes with a tokenizer: make one of them a bundle first')
-    return _side(source, model, tokenizer), _side(against, other, tokenizer)
+    sides = _side(source, model, tokenizer), _side(against, other, tokenizer)
+    sizes = [side.contract.image_size for side in sides]
+    if sides[0].sees and len({*sizes, model.settings.image_size, other.settings.image_size}) > 1:
+        raise UserError(f'{source} reads images of {sizes[0]} pixels, {against} of {sizes[1]}: nothing to compare')
+    return sides
 
 
 def _side(path, model, tokenizer):

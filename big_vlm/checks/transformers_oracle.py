@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import re
 from typing import Any
@@ -38,108 +39,139 @@ _OUTPUTS = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
 class TransformersOracle:
-    """A folder as transformers reads it: processor, tokenizer, model in float32 with eager attention.
+    """A folder as transformers reads it. Made by `load`.
 
-    Args:
-      folder: with config.json and safetensors; never code of its own, never a pickled file.
+    Attributes:
+      name: 'transformers' and its version.
+      folder: with config.json, safetensors and, where there are any, the files of processor and tokenizer.
       model: what `interop` reads in the folder.
-
-    Raises:
-      UserError: torch or transformers is not installed.
+      network: the torch module, in float32.
     """
 
-    def __init__(self, folder: pathlib.Path, model: pretrained.Pretrained):
-        try:
-            import torch
-            import transformers
-        except ImportError as error:
-            raise UserError(
-                f"the oracle is transformers, and {error.name} is not installed: pip install -e '.[parity]', or compare "
-                'with our own code on the weights of the other side, --oracle=big_vlm'
-            ) from None
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        self.name = f'transformers {transformers.__version__}'
-        self._folder, self._model = folder, model
-        self._network = getattr(transformers, _CLASSES[model.family]).from_pretrained(
-            folder, dtype=torch.float32, attn_implementation='eager', use_safetensors=True, local_files_only=True
-        )
-        self._network.train(False)
+    name: str
+    folder: pathlib.Path
+    model: pretrained.Pretrained
+    network: Any
 
     def pixels(self, image: np.ndarray) -> np.ndarray | None:
         """float32 [image_size,image_size,3]; None if the folder has no image processor."""
-        files = ('preprocessor_config.json', 'processor_config.json')
-        if not any((self._folder / name).is_file() for name in files):
+        processor = _image_processor(self.folder)
+        if processor is None:
             return None
-        values = self._image_processor()([image], return_tensors='np')['pixel_values'][0]
+        values = processor([image], return_tensors='np')['pixel_values'][0]
         return np.asarray(values, np.float32).transpose(1, 2, 0)
 
     def tokens(self, prompt: str, answer: str) -> Tokens | None:
         """As `Side.tokens`; None if the folder has no tokenizer, or of a PaliGemma no image processor."""
-        import transformers
-
-        if not (self._folder / 'tokenizer_config.json').is_file():
+        tokenizer = _tokenizer(self.folder)
+        if tokenizer is None:
             return None
-        tokenizer = transformers.AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
-        if self._model.family in pretrained.TOWERS:
-            length = self._model.settings.text_length
+        if self.model.family in pretrained.TOWERS:
+            length = self.model.settings.text_length
             ids = tokenizer(prompt, padding='max_length', max_length=length, truncation=True).input_ids
             return _tokens(ids, np.zeros(len(ids)))
-        if self._model.family in pretrained.DECODERS:
+        if self.model.family in pretrained.DECODERS:
             ids = tokenizer(prompt).input_ids
             return _tokens(ids, np.ones(len(ids)))
-        size = self._model.settings.image_size
-        if self.pixels(image := np.zeros((size, size, 3), np.uint8)) is None:
+        processor = _image_processor(self.folder)
+        if processor is None:
             return None
-        processor = transformers.PaliGemmaProcessor(self._image_processor(), tokenizer)
-        [row], [types] = (
-            processor(images=[image], text=[f'<image>{prompt}'], suffix=[answer])[name]
-            for name in ('input_ids', 'token_type_ids')
-        )
-        row = np.asarray(row)
-        return _tokens(np.where(row == self._network.config.image_token_id, -1, row), types)
+        size = self.model.settings.image_size
+        row = _paligemma_row(processor, tokenizer, np.zeros((size, size, 3), np.uint8), prompt, answer)
+        ids = np.asarray(row['input_ids'][0])
+        # `<image>` is the first id beyond the tokens.
+        return _tokens(np.where(ids == self.model.vocab_size, -1, ids), row['token_type_ids'][0])
 
     def states(self, image: np.ndarray | None, tokens: Tokens) -> dict[str, np.ndarray]:
         """Stage → float32 array, as `Side.states` has them."""
-        import torch
-
-        found: dict[str, np.ndarray] = {}
-        handles = [
-            module.register_forward_hook(_keep(found, stage))
-            for name, module in self._network.named_modules()
-            if (stage := _stage(name))
-        ]
         slots = int(np.sum(tokens.ids < 0))
-        for name, module in self._network.named_modules():
-            if _stage(name) == 'decoder layer 0':
-                handles.append(module.register_forward_pre_hook(_keep_input(found, slots), with_kwargs=True))
-        ids = torch.tensor(np.where(tokens.ids < 0, self._model.vocab_size, tokens.ids))[None].long()
-        inputs: dict[str, Any] = {'input_ids': ids}
+        ids = np.where(tokens.ids < 0, self.model.vocab_size, tokens.ids)
+        inputs = {'input_ids': ids.astype(np.int64)}
         if image is not None:
-            inputs['pixel_values'] = torch.tensor(image.transpose(2, 0, 1))[None]
-        if self._model.family == 'paligemma':
+            inputs['pixel_values'] = image.transpose(2, 0, 1)
+        if self.model.family == 'paligemma':
             # Without token types, release 5 would be causal throughout.
-            types = torch.tensor(tokens.answer)[None].long()
-            inputs |= {'attention_mask': torch.ones_like(ids), 'token_type_ids': types}
-        try:
-            with torch.no_grad():
-                out = self._network(**inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        if self._model.family in pretrained.TOWERS:
+            inputs |= {'attention_mask': np.ones_like(ids), 'token_type_ids': tokens.answer.astype(np.int64)}
+        found: dict[str, np.ndarray] = {}
+        out = _run(self.network, inputs, found, slots)
+        if self.model.family in pretrained.TOWERS:
             found['image embedding'], found['text embedding'] = _array(out.image_embeds), _array(out.text_embeds)
             found['logits'] = _array(out.logits_per_image)
         else:
-            found['logits'] = _array(out.logits)[max(slots - 1, 0) :, : self._model.vocab_size]
+            found['logits'] = _array(out.logits)[max(slots - 1, 0) :, : self.model.vocab_size]
         return found
 
-    def _image_processor(self):
-        import transformers
 
-        # Pillow's resize: torchvision's differs from it by a grey level here and there.
-        return transformers.AutoImageProcessor.from_pretrained(self._folder, backend='pil', local_files_only=True)
+def require() -> None:
+    """Raises UserError, with what to install, if torch or transformers is not there."""
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"the oracle is transformers, and {error.name} is not installed: pip install -e '.[parity]', or take our "
+            'own code on the weights of the other side, --oracle=big_vlm'
+        ) from None
+
+
+def load(folder: pathlib.Path, model: pretrained.Pretrained) -> TransformersOracle:
+    """The model in a folder, which `interop` reads as `model`. Attention is eager: SDPA's rounding is another one.
+
+    No code of the folder's own is run, and no pickled file read.
+    """
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    network = getattr(transformers, _CLASSES[model.family]).from_pretrained(
+        folder, dtype=torch.float32, attn_implementation='eager', use_safetensors=True, local_files_only=True
+    )
+    return TransformersOracle(f'transformers {transformers.__version__}', folder, model, network.train(False))
+
+
+def _image_processor(folder):
+    import transformers
+
+    if not any((folder / name).is_file() for name in ('preprocessor_config.json', 'processor_config.json')):
+        return None
+    # Pillow's resize, as published; torchvision's differs by a grey level here and there.
+    return transformers.AutoImageProcessor.from_pretrained(folder, backend='pil', local_files_only=True)
+
+
+def _tokenizer(folder):
+    import transformers
+
+    if not (folder / 'tokenizer_config.json').is_file():
+        return None
+    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _paligemma_row(image_processor, tokenizer, image, prompt, answer):
+    import transformers
+
+    processor = transformers.PaliGemmaProcessor(image_processor, tokenizer)
+    return processor(images=[image], text=[f'<image>{prompt}'], suffix=[answer])
+
+
+def _run(network, inputs, found, slots):
+    """The output for one example; `found` gets the states. `slots`: leading ones that hold an image."""
+    import torch
+
+    handles = []
+    for name, module in network.named_modules():
+        if stage := _stage(name):
+            handles.append(module.register_forward_hook(_keep(found, stage)))
+        if stage == 'decoder layer 0':
+            handles.append(module.register_forward_pre_hook(_keep_input(found, slots), with_kwargs=True))
+    try:
+        with torch.no_grad():
+            return network(**{name: torch.tensor(x)[None] for name, x in inputs.items()})
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _stage(module: str) -> str | None:

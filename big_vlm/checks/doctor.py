@@ -6,13 +6,13 @@ only if mending it makes the divergence vanish.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -97,45 +97,54 @@ def examine(
         transformers_oracle.require()
     say(f'reading {source} and {against}')
     side, other = open_pair(source, against)
-    with contextlib.ExitStack() as stack:
-        theirs, name = other, f"big_vlm's own code on the weights of {against}"
-        if oracle == 'transformers':
-            say('starting transformers')
-            path = pathlib.Path(against).expanduser()
-            if not folder:
-                path = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory())) / 'model'
-                bundle.convert(against, path, to='hugging_face')
-            theirs = transformers_oracle.load(path, other.model)
-            name = theirs.name
-        # The preprocessing that we have just written would be no oracle of it.
-        makes = theirs if folder else other
-        errors: dict[str, float | None] = {}
-        findings = []
-        pixels = None
-        if side.sees:
-            picture = _draw(side.contract.image_size) if image is None else images.read(image)
-            pixels = makes.pixels(picture)
-            error = _against(pixels, lambda s: relative_error(s.pixels(picture), pixels))
-            errors[PIXELS] = error(side)
-            if _diverges(errors[PIXELS]):
-                findings.append(_explain(PIXELS, side, faults.of_pixels(side, other), error)[0])
-            pixels = side.pixels(picture) if pixels is None else pixels
-        tokens = makes.tokens(prompt, answer)
-        error = _against(tokens, lambda s: _ids_error(s.tokens(prompt, answer), tokens))
-        errors[TOKENS] = error(side)
-        if _diverges(errors[TOKENS]):
-            findings.append(_explain(TOKENS, side, faults.of_tokens(side, other, tokens), error)[0])
-        tokens = side.tokens(prompt, answer) if tokens is None else tokens
-        say(f'computing {name}')
-        expected = theirs.states(pixels, tokens)
+    theirs, name = other, f"big_vlm's own code on the weights of {against}"
+    if oracle == 'transformers':
+        say('starting transformers')
+        theirs = _transformers(pathlib.Path(against).expanduser(), other, written=not folder)
+        name = theirs.name
+    # The preprocessing of a folder that was written here would be no oracle of it.
+    maker = theirs if folder else other
+    errors: dict[str, float | None] = {}
+    findings = []
 
-    def compare(side: Side) -> dict[str, float | None]:
-        return _compare(side.states(pixels, tokens), expected, name)
+    def same_input(stage: str, make: Callable[[Any], Any], error: Callable[[Any, Any], float], trials) -> Any:
+        """The oracle's, or ours where it makes none."""
+        expected = make(maker)
+        if expected is None:
+            errors[stage] = None
+            return make(side)
+        errors[stage] = error(make(side), expected)
+        if _diverges(errors[stage]):
+            tried = trials(side, other, expected)
+            findings.append(_explain(stage, side, tried, lambda mended: error(make(mended), expected))[0])
+        return expected
+
+    pixels = None
+    if side.sees:
+        picture = _draw(side.contract.image_size) if image is None else images.read(image)
+        pixels = same_input(PIXELS, lambda s: s.pixels(picture), relative_error, faults.of_pixels)
+    tokens = same_input(TOKENS, lambda s: s.tokens(prompt, answer), _ids_error, faults.of_tokens)
+    say(f'computing {name}')
+    expected = theirs.states(pixels, tokens)
+
+    def compare(side: Side) -> dict[str, float]:
+        mine = side.states(pixels, tokens)
+        if missing := [stage for stage in mine if stage not in expected]:
+            raise UserError(f'{name} shows no {", ".join(missing[:4])}: this release names its modules otherwise')
+        return {stage: relative_error(x, expected[stage]) for stage, x in mine.items()}
 
     say(f'computing {source}')
     states = compare(side)
     findings += _explain_states(side, other, states, compare, say)
     return Report(name, errors | states, faults.differing(side, other), tuple(findings))
+
+
+def _transformers(path, other, written):
+    with tempfile.TemporaryDirectory() as folder:
+        if written:
+            path, source = pathlib.Path(folder) / 'model', path
+            bundle.convert(source, path, to='hugging_face')
+        return transformers_oracle.load(path, other.model)
 
 
 def first_divergence(errors: Mapping[str, float | None]) -> str | None:
@@ -145,11 +154,6 @@ def first_divergence(errors: Mapping[str, float | None]) -> str | None:
 
 def _diverges(error):
     return error is not None and not error <= LIMIT
-
-
-def _against(theirs, error):
-    """`error` of a side; of nothing, where the oracle makes nothing to compare with."""
-    return lambda side: None if theirs is None else error(side)
 
 
 def _explain(
@@ -184,12 +188,6 @@ def _explain_states(side, other, errors, compare, say) -> Iterator[Finding]:
         if mended is None:
             return
         side, errors = mended, compare(mended)
-
-
-def _compare(mine: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], name: str) -> dict[str, float | None]:
-    if missing := [stage for stage in mine if stage not in theirs]:
-        raise UserError(f'{name} shows no {", ".join(missing[:4])}: this release names its modules otherwise')
-    return {stage: relative_error(x, theirs[stage]) for stage, x in mine.items()}
 
 
 def _ids_error(mine: Tokens, theirs: Tokens) -> float:

@@ -26,8 +26,10 @@ class Fault(NamedTuple):
     mend: Callable[[Side], Side]
 
 
-def of_pixels(side: Side, other: Side) -> Iterator[tuple[Fault, ...]]:
-    """What may be wrong with a side's pixels, the simplest first. `other`: what the oracle's files say."""
+def of_pixels(side: Side, other: Side, theirs: np.ndarray) -> Iterator[tuple[Fault, ...]]:
+    """What may be wrong with a side's pixels, the simplest first. `other`: what the oracle's files say; `theirs`: what
+    the oracle makes, which tells nothing here."""
+    del theirs
     now = side.contract
     resize = [
         _contract('resampling', f'{_resize(now.resample, now.antialias)} here, {_resize(*new)} in the oracle', **fields)

@@ -12,7 +12,6 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 import numpy as np
 
@@ -107,7 +106,7 @@ def examine(
     errors: dict[str, float | None] = {}
     findings = []
 
-    def same_input(stage: str, make: Callable[[Any], Any], error: Callable[[Any, Any], float], trials) -> Any:
+    def same_input(stage, make, error, trials):
         """The oracle's, or ours where it makes none."""
         expected = make(maker)
         if expected is None:
@@ -115,15 +114,19 @@ def examine(
             return make(side)
         errors[stage] = error(make(side), expected)
         if _diverges(errors[stage]):
-            tried = trials(side, other, expected)
-            findings.append(_explain(stage, side, tried, lambda mended: error(make(mended), expected))[0])
+            agrees = lambda mended: not _diverges(error(make(mended), expected))
+            findings.append(_explain(stage, side, trials(expected), agrees)[0])
         return expected
 
     pixels = None
     if side.sees:
         picture = _draw(side.contract.image_size) if image is None else images.read(image)
-        pixels = same_input(PIXELS, lambda s: s.pixels(picture), relative_error, faults.of_pixels)
-    tokens = same_input(TOKENS, lambda s: s.tokens(prompt, answer), _ids_error, faults.of_tokens)
+        pixels = same_input(
+            PIXELS, lambda s: s.pixels(picture), relative_error, lambda _: faults.of_pixels(side, other)
+        )
+    tokens = same_input(
+        TOKENS, lambda s: s.tokens(prompt, answer), _ids_error, lambda ids: faults.of_tokens(side, other, ids)
+    )
     say(f'computing {name}')
     expected = theirs.states(pixels, tokens)
 
@@ -160,14 +163,14 @@ def _explain(
     stage: str,
     side: Side,
     trials: Iterable[tuple[faults.Fault, ...]],
-    error: Callable[[Side], float | None],
+    agrees: Callable[[Side], bool],
 ) -> tuple[Finding, Side | None]:
-    """(the finding, the side without its causes): the first trial after which `error` is within LIMIT."""
+    """(the finding, the side without its causes): the first trial after which the side agrees."""
     for trial in trials:
         mended = side
         for fault in trial:
             mended = fault.mend(mended)
-        if not _diverges(error(mended)):
+        if agrees(mended):
             return Finding(stage, tuple((fault.name, fault.detail) for fault in trial)), mended
     return Finding(stage, ()), None
 
@@ -179,11 +182,11 @@ def _explain_states(side, other, errors, compare, say) -> Iterator[Finding]:
         say(f'{stage} diverges; trying the known causes')
         until = stages[: stages.index(stage) + 1]
 
-        def error(side: Side, until=until) -> float:
-            found = compare(side)
-            return max(found[name] for name in until)
+        def agrees(mended: Side, until=until) -> bool:
+            found = compare(mended)
+            return not any(_diverges(found[name]) for name in until)
 
-        finding, mended = _explain(stage, side, faults.of_states(side, other, stage), error)
+        finding, mended = _explain(stage, side, faults.of_states(side, other, stage), agrees)
         yield finding
         if mended is None:
             return

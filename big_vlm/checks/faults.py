@@ -26,35 +26,29 @@ class Fault(NamedTuple):
     mend: Callable[[Side], Side]
 
 
-def of_pixels(side: Side, other: Side, theirs: np.ndarray) -> Iterator[tuple[Fault, ...]]:
-    """What may be wrong with a side's pixels, the simplest first. `other`: what the oracle's files say; `theirs`: what
-    the oracle makes, which tells nothing here."""
-    del theirs
-    now = side.contract
-    resize = [
-        _contract('resampling', f'{_resize(now.resample, now.antialias)} here, {_resize(*new)} in the oracle', **fields)
-        for new in itertools.product(('bilinear', 'bicubic'), (True, False))
-        if (fields := dict(resample=new[0], antialias=new[1])) and new != (now.resample, now.antialias)
-    ]
-    ranges = [
-        _contract('value range', f'{now.value_range} here, {new} in the oracle', value_range=new)
-        for new in dict.fromkeys((other.contract.value_range, (-1.0, 1.0), (0.0, 1.0)))
-        if new != now.value_range
-    ]
-    return _combined(resize, ranges)
+def of_pixels(side: Side, other: Side) -> Iterator[tuple[Fault, ...]]:
+    """What may be wrong with a side's pixels, the simplest first. `other`: what the oracle's files say."""
+    now, resizes, ranges = side.contract, [], []
+    for method, antialias in itertools.product(('bilinear', 'bicubic'), (True, False)):
+        if (method, antialias) != (now.resample, now.antialias):
+            detail = f'{_resize(now.resample, now.antialias)} here, {_resize(method, antialias)} in the oracle'
+            resizes.append(_contract('resampling', detail, resample=method, antialias=antialias))
+    for new in dict.fromkeys((other.contract.value_range, (-1.0, 1.0), (0.0, 1.0))):
+        if new != now.value_range:
+            ranges.append(_contract('value range', f'{now.value_range} here, {new} in the oracle', value_range=new))
+    return _combined(resizes, ranges)
 
 
 def of_tokens(side: Side, other: Side, theirs: Tokens) -> Iterator[tuple[Fault, ...]]:
-    """What may be wrong with a side's ids, the simplest first."""
+    """What may be wrong with a side's ids, the simplest first. `theirs`: what the oracle makes of the same text."""
     now, newline = side.contract, tuple(side.tokenizer.encode('\n'))
     written, ends = ('as written', 'lower-cased'), ('without', 'with')
     detail = f'text is {written[now.lower]} here, {written[not now.lower]} in the oracle'
     groups = [[_contract('case', detail, lower=not now.lower)]]
     if side.model.family in pretrained.TOWERS:
-        pads = {other.contract.pad_id, int(theirs.ids[-1])} - {now.pad_id}
-        groups.append(
-            [_contract('padding id', f'{now.pad_id} here, {i} in the oracle', pad_id=i) for i in sorted(pads)]
-        )
+        pads = sorted({other.contract.pad_id, int(theirs.ids[-1])} - {now.pad_id})
+        details = [f'{now.pad_id} here, {pad} in the oracle' for pad in pads]
+        groups.append([_contract('padding id', text, pad_id=pad) for text, pad in zip(details, pads, strict=True)])
         detail = f'text ends {ends[now.eos]} an end token here, {ends[not now.eos]} one in the oracle'
         groups.append([_contract('end token', detail, eos=not now.eos)])
     elif side.sees:

@@ -24,7 +24,7 @@ from big_vlm.data import images, prompts
 from big_vlm.data.contract import Contract
 from big_vlm.data.tokenizer import Tokenizer
 from big_vlm.interop import lazy, pretrained
-from big_vlm.models import gemma, image_towers, paligemma, two_towers, vit
+from big_vlm.models import gemma, image_towers, paligemma, two_towers
 from big_vlm.ops import masks, pixels
 
 
@@ -146,7 +146,7 @@ def _check_known(model):
         known.append(('model.projector', sections.projector, 'linear'))
     if model.family not in pretrained.DECODERS:
         tower = image_towers.from_config(sections.image, naflex=model.settings.max_patches > 0)
-        known += [('the image tower', type(tower).__name__, vit.ViT.__name__)]
+        known += [('the image tower', type(tower).__name__, 'ViT')]
         known += [('model.image.position', sections.image.position, 'learn')]
     for what, value, needed in known:
         if value != needed:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from big_vlm.checkpoints import trees
 from big_vlm.checks.states import Tokens
 from big_vlm.config import UserError
 from big_vlm.interop import pretrained
@@ -126,9 +127,8 @@ def load(folder: pathlib.Path, model: pretrained.Pretrained) -> TransformersOrac
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    network = getattr(transformers, _CLASSES[model.family]).from_pretrained(
-        folder, dtype=torch.float32, attn_implementation='eager', use_safetensors=True, local_files_only=True
-    )
+    options = dict(dtype=torch.float32, attn_implementation='eager', use_safetensors=True)
+    network = _read(getattr(transformers, _CLASSES[model.family]), folder, **options)
     return TransformersOracle(f'transformers {transformers.__version__}', folder, model, network.train(False))
 
 
@@ -138,7 +138,7 @@ def _image_processor(folder):
     if not any((folder / name).is_file() for name in ('preprocessor_config.json', 'processor_config.json')):
         return None
     # Pillow's resize, as published; torchvision's differs by a grey level here and there.
-    return transformers.AutoImageProcessor.from_pretrained(folder, backend='pil', local_files_only=True)
+    return _read(transformers.AutoImageProcessor, folder, backend='pil')
 
 
 def _tokenizer(folder):
@@ -146,7 +146,14 @@ def _tokenizer(folder):
 
     if not (folder / 'tokenizer_config.json').is_file():
         return None
-    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return _read(transformers.AutoTokenizer, folder)
+
+
+def _read(kind, folder, **options):
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f'{folder}: transformers cannot read it: {trees.one_line(error)}') from error
 
 
 def _paligemma_row(image_processor, tokenizer, image, prompt, answer):

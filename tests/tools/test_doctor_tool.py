@@ -63,6 +63,6 @@ def test_a_divergence_is_exit_code_one_with_its_cause(monkeypatch, capsys):
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):
-    assert tool.main([str(tmp_path), f'--against={SIGLIP}']) == 2
+    assert tool.main([str(tmp_path), f'--against={SIGLIP}', '--oracle=big_vlm']) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f'error: {tmp_path} is neither an .npz')

@@ -24,10 +24,10 @@ who is the oracle:
                 pixels in -1..1, output logits without a cap.
 
 how to read the table: pixels and token ids as each side makes them from one picture and one text, then every state of
-the models, both computed from the oracle's pixels and ids. The weights are in memory in float32, a copy for each side
-and one for transformers. A number is the largest difference over the oracle's largest
+the models, both computed from the oracle's pixels and ids. A number is the largest difference over the oracle's largest
 value (of ids: the share that differs); float32 rounds to some 1e-6, and beyond 2e-5 something is wrong. '-': the oracle
-has no files to make it. Weights are compared array by array, wherever they lie.
+has no files to make it. Weights are compared array by array. They are in memory in float32, once for each side and once
+more for transformers.
 
 causes that are known: resampling, value range, case, padding id, end token, newline tokenized with the prompt, image
 features scaled twice, softcap applied or not, norm offset (scale or 1 + scale), transposed projection, other settings.

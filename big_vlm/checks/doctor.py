@@ -7,6 +7,7 @@ only if mending it makes the divergence vanish.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import pathlib
@@ -106,27 +107,26 @@ def examine(
     errors: dict[str, float | None] = {}
     findings = []
 
-    def same_input(stage, make, error, trials):
+    def same_input(stage, make, error_of, trials):
         """The oracle's, or ours where it makes none."""
         expected = make(maker)
-        if expected is None:
-            errors[stage] = None
-            return make(side)
-        errors[stage] = error(make(side), expected)
+
+        def error(side):
+            return None if expected is None else error_of(make(side), expected)
+
+        errors[stage] = error(side)
         if _diverges(errors[stage]):
-            agrees = lambda mended: not _diverges(error(make(mended), expected))
-            findings.append(_explain(stage, side, trials(expected), agrees)[0])
-        return expected
+            finding, _ = _explain(stage, side, trials(expected), lambda mended: not _diverges(error(mended)))
+            findings.append(finding)
+        return make(side) if expected is None else expected
 
     pixels = None
     if side.sees:
         picture = _draw(side.contract.image_size) if image is None else images.read(image)
-        pixels = same_input(
-            PIXELS, lambda s: s.pixels(picture), relative_error, lambda _: faults.of_pixels(side, other)
-        )
-    tokens = same_input(
-        TOKENS, lambda s: s.tokens(prompt, answer), _ids_error, lambda ids: faults.of_tokens(side, other, ids)
-    )
+        of_pixels = faults.of_pixels(side, other)
+        pixels = same_input(PIXELS, lambda s: s.pixels(picture), relative_error, lambda theirs: of_pixels)
+    of_tokens = functools.partial(faults.of_tokens, side, other)
+    tokens = same_input(TOKENS, lambda s: s.tokens(prompt, answer), _ids_error, of_tokens)
     say(f'computing {name}')
     expected = theirs.states(pixels, tokens)
 

@@ -9,11 +9,11 @@ EXPLAIN = """examples:
   Did a published checkpoint become the bundle that transformers would run?
     python -m tools.doctor siglip_b16 --against=siglip-base-patch16-224
 
-  Is what is exported still the model? Without torch, our own code on both:
-    python -m tools.doctor my_paligemma --against=my_paligemma.npz
+  Is it still what big_vision published? Without torch, our own code on both:
+    python -m tools.doctor siglip_b16 --against=siglip_b16_224.npz
 
-  On a picture and a prompt of yours:
-    python -m tools.doctor my_paligemma --against=paligemma-3b-pt-224 --image=photo.png --prompt='caption en'
+  Does transformers make of my export what I trained? On a picture and a prompt of yours:
+    python -m tools.doctor runs/mine/multimodal/bundle --against=my_paligemma --image=photo.png --prompt='caption en'
 
 who is the oracle:
   transformers  Hugging Face's code, in float32, for a folder of theirs; pip install -e '.[parity]' brings it. It is

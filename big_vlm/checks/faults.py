@@ -15,6 +15,8 @@ import numpy as np
 from big_vlm.checks.states import Side, Tokens, relative_error
 from big_vlm.interop import hugging_face, pretrained
 
+_SIZES = ('variant', 'width', 'depth', 'mlp_dim', 'num_heads', 'num_kv_heads', 'head_dim')  # zeros are the variant's
+_NOT_COMPUTED = ('dropout', 'embed_init', 'position_init', 'final_softcap')  # by training alone; the last on its own
 SAME = 1e-6  # weights closer than this to one another, relative to the largest, are copies
 
 
@@ -66,8 +68,8 @@ def of_states(side: Side, other: Side, stage: str) -> Iterator[tuple[Fault, ...]
     First what differs between the two files, settings and weights. Then what would be wrong with both, as where one was
     made of the other by a reader that is wrong: the norms and the square projections of the stage's tower.
     """
-    groups = _sections(side, other), _softcap(side, other, stage), _features(side, stage), *_copies(side, other)
-    yield from _combined(*groups)
+    settings = _settings(side, other, stage)
+    yield from _combined(*settings, _softcap(side, other, stage), _features(side, stage), *_copies(side, other))
     part = {'image': 'img/', 'text': 'txt/'}.get(stage.split()[0], 'llm/')
     if norms := [name for name in side.weights if name.startswith(part) and name.endswith('/scale')]:
         for names, by in itertools.product((norms, *([name] for name in norms)), (1, -1)):
@@ -83,35 +85,26 @@ def differing(side: Side, other: Side) -> dict[str, float]:
     return {name: error for name, error in errors.items() if not error <= SAME}
 
 
-def _sections(side, other):
-    """A section of the model at a time, as the oracle's file has it. A cap of the logits has its own name."""
-    for section in ('image', 'text', 'decoder'):
-        mine, theirs = (getattr(x.model.model, section) for x in (side, other))
-        if section == 'decoder':
-            theirs = dataclasses.replace(theirs, final_softcap=mine.final_softcap)
-        if mine != theirs:
-            fields = [f.name for f in dataclasses.fields(mine) if getattr(mine, f.name) != getattr(theirs, f.name)]
-            pairs = (f'model.{section}.{n} {getattr(mine, n)!r} here, {getattr(theirs, n)!r} there' for n in fields)
-            yield Fault('settings', '; '.join(pairs), _section(section, theirs))
+def _settings(side, other, stage):
+    """A list for every setting of the stage's tower that the oracle's file has otherwise; sizes together."""
+    section = {'image': 'image', 'text': 'text'}.get(stage.split()[0], 'decoder')
+    mine, theirs = (dataclasses.asdict(getattr(x.model.model, section)) for x in (side, other))
+    unlike = [name for name in mine if mine[name] != theirs[name] and name not in _NOT_COMPUTED]
+    sizes = [name for name in unlike if name in _SIZES]
+    for names in filter(None, [sizes, *([name] for name in unlike if name not in sizes)]):
+        detail = ', '.join(f'model.{section}.{n} {mine[n]!r} here and {theirs[n]!r} in the oracle' for n in names)
+        yield [_setting('setting', detail, section, **{name: theirs[name] for name in names})]
 
 
 def _softcap(side, other, stage):
     if stage != 'logits' or side.model.family in pretrained.TOWERS:
         return
-    decoder = side.model.model.decoder
+    now = side.model.model.decoder.final_softcap
     for cap in dict.fromkeys((other.model.model.decoder.final_softcap, 0.0, 30.0)):
-        if cap != decoder.final_softcap:
-            here, there = (f'capped at {x:g}' if x else 'not capped' for x in (decoder.final_softcap, cap))
-            mend = _section('decoder', dataclasses.replace(decoder, final_softcap=cap))
-            yield Fault('softcap', f'output logits are {here} here, {there} in the oracle', mend)
-
-
-def _section(name, value):
-    def mend(side):
-        sections = dataclasses.replace(side.model.model, **{name: value})
-        return dataclasses.replace(side, model=dataclasses.replace(side.model, model=sections))
-
-    return mend
+        if cap != now:
+            here, there = (f'capped at {x:g}' if x else 'not capped' for x in (now, cap))
+            detail = f'output logits are {here} here, {there} in the oracle'
+            yield _setting('softcap', detail, 'decoder', final_softcap=cap)
 
 
 def _features(side, stage):
@@ -184,6 +177,15 @@ def _transposed(side, row, i):
 def _contract(name, detail, **fields):
     def mend(side):
         return dataclasses.replace(side, contract=dataclasses.replace(side.contract, **fields))
+
+    return Fault(name, detail, mend)
+
+
+def _setting(name, detail, section, **fields):
+    def mend(side):
+        model = side.model.model
+        model = dataclasses.replace(model, **{section: dataclasses.replace(getattr(model, section), **fields)})
+        return dataclasses.replace(side, model=dataclasses.replace(side.model, model=model))
 
     return Fault(name, detail, mend)
 

@@ -110,10 +110,12 @@ def test_a_decoder_alone(tmp_path):
     bundle.convert(GOLDENS / 'gemma2', tmp_path / 'gemma2.npz')
     report = doctor.examine(tmp_path / 'gemma2.npz', GOLDENS / 'gemma2', oracle='big_vlm')
     assert [(finding.stage, [name for name, _ in finding.causes]) for finding in report.findings] == [
-        ('decoder layer 0', ['settings']),
+        ('decoder layer 0', ['setting', 'setting']),
         ('logits', ['softcap']),
     ]
-    assert "model.decoder.variant 'gemma2_2b' here, 'gemma2_27b' there" in report.findings[0].causes[0][1]
+    details = [detail for _, detail in report.findings[0].causes]
+    assert details[0].startswith("model.decoder.variant 'gemma2_2b' here and 'gemma2_27b' in the oracle")
+    assert details[1] == 'model.decoder.window 0 here and 4 in the oracle'
     assert report.findings[1].causes[0][1] == 'output logits are not capped here, capped at 0.05 in the oracle'
 
 

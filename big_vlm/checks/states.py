@@ -81,6 +81,9 @@ class Side:
             prompt, contract = prompt + contract.separator, dataclasses.replace(contract, separator_ids=())
         row = prompts.generative_row(self.tokenizer.encode(prompt), self.tokenizer.encode(answer), contract)
         real = row['segment'] != 0
+        if row['text'][real][-1] != contract.eos_id:  # cut, as no oracle does
+            slots = contract.text_length
+            raise UserError(f'prompt and answer do not fit into the {slots} text slots of {self.model.weights.where}: shorten them')
         return Tokens(row['text'][real], row['mask_ar'][real])
 
     def states(self, image: np.ndarray | None, tokens: Tokens) -> dict[str, np.ndarray]:

@@ -135,6 +135,7 @@ def test_errors_are_relative_to_the_oracles_largest_value():
         (GOLDENS / 'paligemma', 'paligemma2.npz', {}, 'is not a model as .*: .* missing .*post_attention_norm'),
         ('siglip.npz', 'siglip.npz', {}, 'neither .* comes with a tokenizer'),
         ('paligemma2', 'paligemma2.npz', {'prompt': 'red ' * 200}, 'the prompt takes'),
+        ('paligemma2', 'paligemma2.npz', {'answer': 'red ' * 200}, 'prompt and answer do not fit into the 128 text'),
     ],
 )
 def test_refusals_are_one_line(made, source, against, options, message):

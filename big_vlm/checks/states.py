@@ -82,13 +82,13 @@ class Side:
         row = prompts.generative_row(self.tokenizer.encode(prompt), self.tokenizer.encode(answer), contract)
         real = row['segment'] != 0
         if row['text'][real][-1] != contract.eos_id:  # cut, as no oracle does
-            slots = contract.text_length
-            raise UserError(f'prompt and answer do not fit into the {slots} text slots of {self.model.weights.where}: shorten them')
+            slots = f'{contract.text_length} text slots of {self.model.weights.where}'
+            raise UserError(f'prompt and answer do not fit into the {slots}: shorten them')
         return Tokens(row['text'][real], row['mask_ar'][real])
 
     def states(self, image: np.ndarray | None, tokens: Tokens) -> dict[str, np.ndarray]:
         """Stage → float32 array, in the order of computation. `image` and `tokens` as the methods above return them."""
-        # float32 and one compilation, whatever the model was trained with.
+        # In float32, whatever the model was trained in.
         settings = dataclasses.replace(self.model.model, dtype='float32', remat='none', scan=True)
         model = dataclasses.replace(self.model, model=settings).build()
         params = trees.nested(self.weights)

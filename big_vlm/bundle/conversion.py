@@ -66,7 +66,7 @@ def convert(
         raise UserError(f'{destination} exists: choose another name, or remove it')
     if destination.suffix == '.gguf':
         raise UserError(f'{destination}: GGUF is read, not written: name a folder, or FILE.npz')
-    model, kind = _open(source)
+    model, kind = open_model(source)
     to = to or ('npz' if destination.suffix == '.npz' else 'hugging_face' if kind in ('bundle', 'gguf') else 'bundle')
     if to not in FORMATS:
         raise unknown('format', to, FORMATS)
@@ -101,8 +101,8 @@ def convert(
     return to
 
 
-def _open(source: str | os.PathLike) -> tuple[Pretrained, str]:
-    """(the model, its format)."""
+def open_model(source: str | os.PathLike) -> tuple[Pretrained, str]:
+    """(the model at `source`, its format); weights are read when asked for. Raises UserError as `convert` does."""
     path = pathlib.Path(source).expanduser()
     if not (path / 'bundle.json').is_file():
         return interop.read(source), interop.format_of(source)

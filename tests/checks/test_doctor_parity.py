@@ -1,0 +1,140 @@
+"""The doctor with transformers as the oracle: every family agrees, and every planted fault is named."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from doctor_faults import FAULTS, PROMPT
+
+from big_vlm import bundle, interop
+from big_vlm.checks import doctor
+from big_vlm.data.tokenizer import USER_DEFINED, Tokenizer
+from big_vlm.interop import hugging_face
+
+pytest.importorskip('torch')
+pytest.importorskip('transformers')
+pytestmark = pytest.mark.parity
+
+GOLDENS = Path(__file__).parents[1] / 'goldens'
+WHOLE = ('siglip', 'siglip2', 'paligemma', 'paligemma2')
+DECODERS = ('gemma', 'gemma2', 'gemma3')
+GENTLE = dict(siglip2='red')  # a GemmaTokenizer of transformers keeps capitals, and SigLIP 2 was trained without
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    """Of each golden the bundle NAME, and NAME_hf, a folder with processor and tokenizer."""
+    folder = tmp_path_factory.mktemp('made')
+    for name in WHOLE:
+        bundle.convert(GOLDENS / name, folder / name)
+        bundle.convert(folder / name, folder / f'{name}_hf')
+    for name in DECODERS:
+        model = interop.read(GOLDENS / name)
+        tokenizer = model.fitted(model.own_tokenizer())
+        hugging_face.write(folder / f'{name}_hf', model, model.contract(tokenizer), tokenizer)
+    return folder
+
+
+def causes(report):
+    return [(finding.stage, [name for name, _ in finding.causes]) for finding in report.findings]
+
+
+@pytest.mark.parametrize('name', WHOLE)
+def test_a_converted_bundle_computes_what_transformers_does(made, name):
+    report = doctor.examine(made / name, made / f'{name}_hf', prompt=GENTLE.get(name, PROMPT))
+    assert report.oracle.startswith('transformers 5') and report.agrees and report.findings == ()
+    assert all(error is not None for error in report.errors.values())
+
+
+@pytest.mark.parametrize('name', DECODERS)
+def test_a_decoder_alone_computes_what_transformers_does(made, name):
+    report = doctor.examine(GOLDENS / name, made / f'{name}_hf', prompt='a red three in the top left')
+    assert report.agrees and report.errors['token ids'] == 0.0 and 'decoder layer 1' in report.errors
+
+
+def test_what_the_folder_has_no_files_for_is_not_compared(made):
+    report = doctor.examine(made / 'siglip', GOLDENS / 'siglip', prompt=PROMPT)
+    assert report.errors['pixels'] is None and report.errors['token ids'] is None
+    assert report.agrees
+
+
+@pytest.mark.parametrize('fault', FAULTS)
+def test_a_planted_fault_is_named(made, tmp_path, fault):
+    golden, plant, stage, cause = FAULTS[fault]
+    plant(made / golden, tmp_path / 'bundle')
+    report = doctor.examine(tmp_path / 'bundle', made / f'{golden}_hf', prompt=GENTLE.get(golden, PROMPT))
+    assert report.first == stage
+    assert causes(report) == [(stage, [cause])]
+
+
+def test_a_newline_tokenized_with_the_prompt(made, tmp_path):
+    """With Gemma's pieces two newlines are one: a prompt that ends in one is read otherwise."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString((GOLDENS / 'paligemma' / 'tokenizer.model').read_bytes())
+    model.pieces[-1].piece, model.pieces[-1].type = '\n\n', USER_DEFINED
+    (tmp_path / 'tokenizer.model').write_bytes(model.SerializeToString())
+    assert len(Tokenizer.load(tmp_path / 'tokenizer.model').encode('\n\n')) == 1
+    bundle.convert(GOLDENS / 'paligemma', tmp_path / 'bundle', tokenizer=tmp_path / 'tokenizer.model')
+    bundle.convert(tmp_path / 'bundle', tmp_path / 'folder')
+    assert doctor.examine(tmp_path / 'bundle', tmp_path / 'folder', prompt='red').agrees
+    report = doctor.examine(tmp_path / 'bundle', tmp_path / 'folder', prompt='red\n')
+    assert causes(report) == [('token ids', ['newline'])]
+    assert report.findings[0].causes[0][1] == 'tokenized on its own here, together with the prompt in the oracle'
+
+
+def test_siglip_2_is_read_with_capitals_by_transformers(made):
+    report = doctor.examine(made / 'siglip2', made / 'siglip2_hf', prompt='Red')
+    assert causes(report) == [('token ids', ['case'])]
+
+
+@pytest.mark.parametrize(
+    ('golden', 'name', 'change', 'stage', 'cause'),
+    [
+        (
+            'siglip',
+            'img/MAPHead_0/MultiHeadDotProductAttention_0/value/kernel',
+            lambda w: w.reshape(16, 16).T.reshape(w.shape),
+            'image pooled',
+            'transposed projection',
+        ),
+        ('gemma3', 'llm/final_norm/scale', lambda w: w + 1, 'decoder norm', 'norm offset'),
+        ('paligemma', 'img/head/kernel', lambda w: w.T, 'image projected', 'transposed projection'),
+        ('paligemma', 'img/embedding/kernel', lambda w: w.swapaxes(0, 1), 'image patches', 'transposed projection'),
+    ],
+)
+def test_a_reader_that_is_wrong_both_times(made, monkeypatch, golden, name, change, stage, cause):
+    """Both sides' files are read by it: only transformers knows better."""
+    read = hugging_face.read
+
+    def wrong(folder):
+        model = read(folder)
+        return dataclasses.replace(model, weights=model.weights.changed(name, model.weights.shapes[name].shape, change))
+
+    monkeypatch.setattr(hugging_face, 'read', wrong)
+    report = doctor.examine(made / f'{golden}_hf', made / f'{golden}_hf', prompt=PROMPT)
+    assert causes(report) == [(stage, [cause])] and not report.weights
+
+
+def test_transformers_runs_an_npz(tmp_path):
+    """As a folder that is written for it; the preprocessing is the file's, big_vision's."""
+    bundle.convert(GOLDENS / 'paligemma', tmp_path / 'x.npz')
+    bundle.convert(tmp_path / 'x.npz', tmp_path / 'x', tokenizer=GOLDENS / 'paligemma' / 'tokenizer.model')
+    report = doctor.examine(tmp_path / 'x', tmp_path / 'x.npz', oracle='transformers', prompt=PROMPT)
+    assert report.oracle.startswith('transformers') and report.agrees
+    assert report.errors['pixels'] == report.errors['token ids'] == 0.0 < report.errors['logits']
+
+
+def test_a_folder_of_version_4(made, tmp_path):
+    """Its processor says bilinear: so does the cause."""
+    shutil.copytree(made / 'siglip_hf', tmp_path / 'folder')
+    file = tmp_path / 'folder' / 'preprocessor_config.json'
+    file.write_text(json.dumps(json.loads(file.read_text()) | {'resample': 2}))
+    report = doctor.examine(made / 'siglip', tmp_path / 'folder', prompt=PROMPT)
+    detail = 'bicubic with antialias here, bilinear with antialias in the oracle'
+    assert report.findings == (doctor.Finding('pixels', (('resampling', detail),)),)
+    assert np.isfinite(report.errors['pixels'])

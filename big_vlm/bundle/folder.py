@@ -5,6 +5,7 @@ import os
 import pathlib
 import platform
 import shutil
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -133,7 +134,16 @@ def save(
         raise UserError(f'{path}: bundle not written: {trees.one_line(error)}') from error
     finally:
         if first:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove(temporary)
+
+
+def _remove(folder: pathlib.Path) -> None:
+    """Until nothing is left: threads of Orbax may go on writing after it has failed."""
+    for _ in range(50):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
 
 
 def _describe(path: pathlib.Path) -> dict[str, Any]:

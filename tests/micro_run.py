@@ -10,17 +10,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 CONFIG = 'tests/micro_config.py'
+# Code that is compiled fast rather than runs fast.
+COMPILER = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 
 
 def start(data_dir, workdir, *flags):
-    # One device, and code that is compiled fast rather than runs fast.
-    compiler = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
     return subprocess.Popen(
         [sys.executable, '-m', 'big_vlm.main', f'--config={CONFIG}:{data_dir}', f'--workdir={workdir}', *flags],
         cwd=ROOT,
         env={
             **os.environ,
-            'XLA_FLAGS': f'--xla_force_host_platform_device_count=1 {compiler}',
+            'XLA_FLAGS': f'--xla_force_host_platform_device_count=1 {COMPILER}',
             'PYTHONUNBUFFERED': '1',
         },
         stdout=subprocess.PIPE,

@@ -1,0 +1,97 @@
+"""The whole program as two processes with two devices each, found through what `srun` tells them, against one."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import micro_run as runs
+import numpy as np
+import pytest
+
+from big_vlm.checkpoints import load_weights
+from big_vlm.checkpoints.trees import flat
+
+pytestmark = pytest.mark.slow
+STAGES = ('pretrain', 'multimodal')
+# The ring goes over all four devices; then rows and weights are split between the processes, columns inside them.
+MESH = ('--config.multimodal.mesh.fsdp=2', '--config.multimodal.mesh.model=2')
+
+
+def start(data_dir, workdir, job=None, flags=(f'--config.stages={STAGES}', *MESH)):
+    """One process with four devices, or the two of `job`, a number from which jax chooses their port."""
+    command = [sys.executable, '-m', 'big_vlm.main', f'--config={runs.CONFIG}:{data_dir}', f'--workdir={workdir}']
+    devices = 4 if job is None else 2
+    compiler = f'--xla_force_host_platform_device_count={devices} {runs.COMPILER}'
+    slurm = {'SLURM_JOB_ID': str(job), 'SLURM_NTASKS': '2', 'SLURM_STEP_NODELIST': 'localhost'}
+    return [
+        subprocess.Popen(
+            [*command, *flags, *([] if job is None else ['--distributed'])],
+            cwd=runs.ROOT,
+            env=os.environ
+            | {'XLA_FLAGS': compiler, 'PYTHONUNBUFFERED': '1'}
+            | ({} if job is None else slurm | {'SLURM_PROCID': str(i), 'SLURM_LOCALID': str(i)}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(1 if job is None else 2)
+    ]
+
+
+@pytest.fixture(scope='module')
+def one(tmp_path_factory, tiny_digit_scenes):
+    workdir = tmp_path_factory.mktemp('one')
+    for process in start(tiny_digit_scenes, workdir):
+        runs.finish(process)
+    return workdir
+
+
+@pytest.fixture(scope='module')
+def two(tmp_path_factory, tiny_digit_scenes):
+    workdir = tmp_path_factory.mktemp('two')
+    said = [runs.finish(process) for process in start(tiny_digit_scenes, workdir, job=os.getpid())]
+    return workdir, said
+
+
+def test_losses_scores_weights_and_the_report(one, two):
+    workdir, said = two
+    assert 'on 4 cpu devices' in said[0] and 'report: ' in said[0] and 'report: ' not in said[1]
+    assert (workdir / 'report.html').stat().st_size > 10_000
+    for stage in STAGES:
+        steps, here = zip(*runs.losses(workdir / stage / 'metrics.csv'), strict=True)
+        there_steps, there = zip(*runs.losses(one / stage / 'metrics.csv'), strict=True)
+        assert steps == there_steps
+        np.testing.assert_allclose(np.float64(here), np.float64(there), rtol=1e-4)
+        assert runs.scores(workdir, stage).keys() == runs.scores(one, stage).keys()
+    # 'chance' and 'n' count examples: every one is scored once, however many processes look at them.
+    for name, metrics in runs.scores(one, 'pretrain').items():
+        for metric, score in metrics.items():
+            assert runs.scores(workdir, 'pretrain')[name][metric]['n'] == score['n']
+    a, b = (flat(load_weights(folder / 'multimodal' / 'bundle')) for folder in (one, workdir))
+    assert a.keys() == b.keys()
+    for path in a.keys() - {path for path in a if path.endswith('key/bias')}:  # softmax does not see those: noise
+        np.testing.assert_allclose(a[path], b[path], rtol=1e-3, atol=1e-4, err_msg=path)
+
+
+def test_killed_and_started_again(two, tmp_path, tiny_digit_scenes):
+    """One process is killed; the other cannot go on alone and ends; both come back and repeat every bit."""
+    whole, _ = two
+    workdir = tmp_path / 'run'
+    alone = "--config.stages=('pretrain',)", f'--config.pretrain.tokenizer.path={whole / "tokenizer.model"}'
+    processes = start(tiny_digit_scenes, workdir, os.getpid() + 1, alone)
+    try:
+        assert runs.wait_for(processes[0], workdir / 'pretrain' / 'metrics.csv', 4)
+        processes[1].send_signal(signal.SIGKILL)
+        processes[1].wait(timeout=60)
+        deadline = time.monotonic() + 60
+        while processes[0].poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    for process in start(tiny_digit_scenes, workdir, os.getpid() + 2, alone):
+        runs.finish(process)
+    assert runs.losses(workdir / 'pretrain' / 'metrics.csv') == runs.losses(whole / 'pretrain' / 'metrics.csv')

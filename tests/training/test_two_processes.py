@@ -40,23 +40,17 @@ def start(data_dir, workdir, job=None, flags=(f'--config.stages={STAGES}', *MESH
     ]
 
 
-@pytest.fixture(scope='module')
-def one(tmp_path_factory, tiny_digit_scenes):
-    workdir = tmp_path_factory.mktemp('one')
-    for process in start(tiny_digit_scenes, workdir):
+def test_two_processes_do_what_one_does_and_come_back_when_killed(tmp_path, tiny_digit_scenes):
+    # One test, because each of its runs takes long.
+    one, two = tmp_path / 'one', tmp_path / 'two'
+    for process in start(tiny_digit_scenes, one):
         runs.finish(process)
-    return workdir
+    said = [runs.finish(process) for process in start(tiny_digit_scenes, two, os.getpid())]
+    same_losses_scores_and_weights(one, two, said)
+    killed_and_started_again(two, tmp_path / 'killed', tiny_digit_scenes)
 
 
-@pytest.fixture(scope='module')
-def two(tmp_path_factory, tiny_digit_scenes):
-    workdir = tmp_path_factory.mktemp('two')
-    said = [runs.finish(process) for process in start(tiny_digit_scenes, workdir, job=os.getpid())]
-    return workdir, said
-
-
-def test_losses_scores_weights_and_the_report(one, two):
-    workdir, said = two
+def same_losses_scores_and_weights(one, workdir, said):
     assert 'on 4 cpu devices' in said[0] and 'report: ' in said[0] and 'report: ' not in said[1]
     assert (workdir / 'report.html').stat().st_size > 10_000
     for stage in STAGES:
@@ -75,12 +69,10 @@ def test_losses_scores_weights_and_the_report(one, two):
         np.testing.assert_allclose(a[path], b[path], rtol=1e-3, atol=1e-4, err_msg=path)
 
 
-def test_killed_and_started_again(two, tmp_path, tiny_digit_scenes):
+def killed_and_started_again(whole, workdir, data_dir):
     """One process is killed; the other cannot go on alone and ends; both come back and repeat every bit."""
-    whole, _ = two
-    workdir = tmp_path / 'run'
     alone = "--config.stages=('pretrain',)", f'--config.pretrain.tokenizer.path={whole / "tokenizer.model"}'
-    processes = start(tiny_digit_scenes, workdir, os.getpid() + 1, alone)
+    processes = start(data_dir, workdir, os.getpid() + 1, alone)
     try:
         assert runs.wait_for(processes[0], workdir / 'pretrain' / 'metrics.csv', 4)
         processes[1].send_signal(signal.SIGKILL)
@@ -92,6 +84,6 @@ def test_killed_and_started_again(two, tmp_path, tiny_digit_scenes):
         for process in processes:
             process.kill()
             process.communicate()
-    for process in start(tiny_digit_scenes, workdir, os.getpid() + 2, alone):
+    for process in start(data_dir, workdir, os.getpid() + 2, alone):
         runs.finish(process)
     assert runs.losses(workdir / 'pretrain' / 'metrics.csv') == runs.losses(whole / 'pretrain' / 'metrics.csv')

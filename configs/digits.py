@@ -20,17 +20,18 @@ from configs.quickstart import CAPTION, READ, adamw, generation, source, train_p
 SIZE = 64  # pixels
 TEXT = 36
 TURNS = 112  # text slots of a row that asks everything about its image
-ONE = dict(num_digits=1)
+ONE, SEVERAL = dict(num_digits=1), dict(num_digits=(2, 3, 4))
 
 
 def get_config(arg: str = '') -> ConfigDict:
     args = parse_arg(arg, smoke=False, seed=0, split='test') | {'layout': 'free'}
     config = ConfigDict()
-    config.stages = ('single', 'pretrain', 'multimodal', 'transfer')
+    config.stages = ('single', 'pretrain', 'multimodal', 'transfer', 'grounding')
     config.single = single(args)
     config.pretrain = pretrain(args)
     config.multimodal = multimodal(args)
     config.transfer = transfer(args)
+    config.grounding = grounding(args)
     return config
 
 
@@ -75,14 +76,7 @@ def multimodal(args: dict) -> ConfigDict:
     turns = f'detect("digit") | also | {READ} | also | detect | also | {CAPTION} | also | dialogue(6)'
     stage.data.sources = dict(everything=source(args, train_pipeline(SIZE, turns)))
     stage.optimizer = adamw(1e-3)
-    stage.evals = dict(
-        answer=generation(args, SIZE, 'question', examples=0, max_new_tokens=4, slices=('held_out',)),
-        read=generation(args, SIZE, READ, examples=0, max_new_tokens=12, slices=('held_out', 'num_digits')),
-        caption=generation(args, SIZE, CAPTION, examples=500, max_new_tokens=32, slices=('num_digits',)),
-        detect=generation(
-            args, SIZE, 'detect', examples=0, max_new_tokens=12, metrics=('box_iou',), slices=('held_out',)
-        ),
-    )
+    stage.evals = everything(args)
     return stage
 
 
@@ -100,6 +94,34 @@ def transfer(args: dict) -> ConfigDict:
         read=generation(args, SIZE, READ, examples=0, max_new_tokens=12, slices=('held_out', 'num_digits'))
     )
     return stage
+
+
+def grounding(args: dict) -> ConfigDict:
+    """What a name points at. Where there is one thing to see, any thing is the right one: most scenes hold several."""
+    stage = multimodal(args)
+    stage.total = dict(steps=20 if args['smoke'] else 1800)
+    stage.contract.text_length = 160
+    stage.init_from = dict(stage='multimodal')
+    turns = f'detect | also | detect | also | detect | also | {READ} | also | {CAPTION} | also | '
+    turns += 'dialogue(4, "where", "color", "which") | also | dialogue(3)'
+    scenes = source(args, train_pipeline(SIZE, turns))
+    stage.data.sources = dict(
+        one=scenes | dict(where=ONE, weight=0.15),
+        several=scenes | dict(where=SEVERAL, weight=0.85),
+    )
+    stage.evals = everything(args, 'num_digits')
+    return stage
+
+
+def everything(args: dict, *slices: str) -> dict:
+    """The evaluations of a model that answers, reads, describes and points."""
+    held_out, count = ('held_out', *slices), ('num_digits',)
+    return dict(
+        answer=generation(args, SIZE, 'question', examples=0, max_new_tokens=4, slices=held_out),
+        read=generation(args, SIZE, READ, examples=0, max_new_tokens=12, slices=('held_out', *count)),
+        caption=generation(args, SIZE, CAPTION, examples=500, max_new_tokens=32, slices=count),
+        detect=generation(args, SIZE, 'detect', examples=0, max_new_tokens=12, metrics=('box_iou',), slices=held_out),
+    )
 
 
 def alone(args: dict, text: int) -> ConfigDict:

@@ -255,7 +255,10 @@ def _start(
     options = state_options(stage)
     if saver.latest_step() is not None:
         state, stored = saver.restore(steps.abstract_state(task, tx, mesh, **options))
-        if changes := remembered.told(remembered.changes({key: stored.get(key) for key in extra}, _as_json(extra))):
+        now = _as_json(extra)
+        # An older checkpoint does not say what its contract has said since; its workdir's config does.
+        lacking = {key: now[key] | stored[key] for key in now if isinstance(now[key], dict) and key in stored}
+        if changes := remembered.told(remembered.changes({key: stored.get(key) for key in now} | lacking, now)):
             raise UserError(
                 f'{saver.directory}: its checkpoint was made with another config ({changes}): keep it as it was, or '
                 'choose another workdir'

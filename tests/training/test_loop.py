@@ -224,10 +224,12 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, mesh, changes, message
 
 def test_extra_must_stay_the_same(tmp_path, mesh):
     contract = {'contract': {'value_range': (-1.0, 1.0)}}
-    for total in (1, 2):
-        loop.train(stage(total), Toy(), batches, tmp_path, Events(), mesh=mesh, extra=contract)
+    since = {'contract': contract['contract'] | {'images': 1}}  # a field that the first checkpoint knows nothing of
+    for total, extra in ((1, contract), (2, since)):
+        loop.train(stage(total), Toy(), batches, tmp_path, Events(), mesh=mesh, extra=extra)
+    other = {'contract': {'images': 1, 'value_range': (0, 1)}}
     with pytest.raises(UserError, match=r'another config \(contract\.value_range: \[-1\.0, 1\.0\] → \[0, 1\]\)'):
-        loop.train(stage(3), Toy(), batches, tmp_path, Events(), mesh=mesh, extra={'contract': {'value_range': (0, 1)}})
+        loop.train(stage(3), Toy(), batches, tmp_path, Events(), mesh=mesh, extra=other)
 
 
 def test_mistakes(tmp_path, mesh):

@@ -1,6 +1,7 @@
 """One training step, and the first state: pure functions under thin jitted wrappers."""
 
 import dataclasses
+import functools
 import types
 from collections.abc import Callable, Collection
 from typing import Any, Protocol
@@ -27,8 +28,9 @@ class Task(Protocol):
     def loss(self, params: Any, stats: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, tuple[dict, Any]]: ...
 
 
+@functools.lru_cache(maxsize=8)
 def init_shapes(task: Task) -> tuple[Any, Any]:
-    """Shapes and dtypes of (params, stats), without making them."""
+    """Shapes and dtypes of (params, stats), without making them. Traced once, as a start asks for them many times."""
     return jax.eval_shape(task.init, jax.random.key(0))
 
 
@@ -44,7 +46,9 @@ def abstract_state(
 
     `offload`: the optimizer's arrays are in the host's memory, see `offloading`.
     """
-    shapes = jax.eval_shape(lambda: _init(task, tx, jax.random.key(0), ema))
+    params, stats = init_shapes(task)
+    opt_state = jax.eval_shape(tx.init, params)
+    shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, stats, opt_state, params if ema else None)
     shardings = rules.state_shardings(shapes, rules.param_shardings(shapes.params, mesh), mesh)
     if offload:
         shardings = shardings.replace(opt_state=offloading.on_host(shardings.opt_state, shapes.opt_state))

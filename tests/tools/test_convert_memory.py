@@ -70,7 +70,6 @@ def test_peaks_are_bounded(made):
         ('bundle', 'y.npz'): 1.3 * largest,
         ('bundle', 'folder'): 1.3 * largest + model,
         ('bundle', 'x.gguf'): 1.4 * largest,
-        ('x.gguf', 'of_gguf'): 1.3 * largest + model,
         ('x.gguf', 'decoder', '--to=bundle'): 1.1 * model,
     }
     found = {}

@@ -1,6 +1,6 @@
 """Killed and stopped at random over two stages, again and again, a run ends with the bits of one that was left alone.
 
-BIG_VLM_KILLS and BIG_VLM_STOPS set how often (4 and 2); `-s` shows each.
+BIG_VLM_KILLS and BIG_VLM_STOPS set how often (3 and 1); `-s` shows each.
 """
 
 import os
@@ -18,7 +18,7 @@ from big_vlm.checkpoints.trees import flat
 from big_vlm.main import INTERRUPTED
 
 pytestmark = pytest.mark.slow
-KILLS, STOPS = int(os.environ.get('BIG_VLM_KILLS', 4)), int(os.environ.get('BIG_VLM_STOPS', 2))
+KILLS, STOPS = int(os.environ.get('BIG_VLM_KILLS', 3)), int(os.environ.get('BIG_VLM_STOPS', 1))
 EVERY = 3  # steps between checkpoints
 STAGES = ('pretrain', 'multimodal')
 STEPS = 4 * max(KILLS, STOPS)  # of each stage: a life takes 1 to 9 of them, and repeats some

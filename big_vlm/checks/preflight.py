@@ -1,6 +1,7 @@
 """What a training step takes of each device, as its compiler tells: no data is read, the devices may be absent."""
 
 import dataclasses
+import math
 import os
 import re
 import time
@@ -168,7 +169,10 @@ def advice(report: Report, stage: Stage, mesh: Mesh) -> str:
     if stage.task == tasks.Generative.kind and stage.model.token_loss == 'dense':
         changes.append("model.token_loss='gathered'")
     if report.per_device > stage.accumulate:
-        changes += [f'accumulate={2 * stage.accumulate}', 'a smaller batch_size (--fit finds the largest)']
+        # What grows with the batch, over what is left for it.
+        over = (report.total - report.constant) / (report.limit - report.constant) if report.total else 2
+        parts = stage.accumulate * 2 ** max(1, math.ceil(math.log2(over)))
+        changes += [f'accumulate={min(parts, report.per_device)}', 'a smaller batch_size (--fit finds the largest)']
     return f'{line}: try {", ".join([*changes, "more devices"])}'
 
 

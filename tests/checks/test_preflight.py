@@ -170,6 +170,8 @@ def test_what_to_change():
     line = advice(stage(model=pairs), parameters=GIB)
     for change in ("model.dtype='bfloat16'", "model.remat='full'", "model.loss_form='ring'", 'accumulate=2', '--fit'):
         assert change in line
+    line = preflight.advice(report(64, 100 * GIB, 16 * GIB, parameters=GIB), stage(model=pairs), mesh)
+    assert 'accumulate=8' in line  # 99 GiB of a batch in 15
     dense = micro_config.get_config()['multimodal']['model'] | dict(token_loss='dense')
     assert "model.token_loss='gathered'" in advice(stage('multimodal', model=dense))
     assert 'fsdp' not in line and 'ring' not in advice(stage('multimodal'))

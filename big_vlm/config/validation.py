@@ -15,7 +15,23 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from big_vlm.config.errors import UserError, unknown
-from big_vlm.config.schema import Contract, Duration, InitFrom, Lora, Masks, Model, Optimizer, Pack, Stage
+from big_vlm.config.schema import (
+    Contract,
+    Decoder,
+    Duration,
+    ImageTower,
+    InitFrom,
+    Lora,
+    Masks,
+    Model,
+    Optimizer,
+    Pack,
+    Stage,
+)
+
+# Settings of `model` that one task alone takes.
+_OF_PAIRS = ('text', 'embed_dim', 'init_t', 'max_logit_scale', 'init_b', 'loss', 'direction', 'loss_form')
+_OF_ANSWERS = ('projector', 'image_tokens', 'average', 'token_loss', 'token_chunk', 'label_smoothing')
 
 
 def validate(config: Any) -> dict[str, Stage]:
@@ -61,6 +77,7 @@ def parse_stage(config: Any, where: str = 'config', *, trained: bool = True) -> 
     stage = _coerce(Stage, plain(config), where)
     if trained:
         _trainable(stage, where)
+        _check_taken(stage, f'{where}.model')
     if stage.contract.value_range[0] >= stage.contract.value_range[1]:
         raise UserError(f'{where}.contract.value_range: must rise, got {stage.contract.value_range}')
     for name, unset in (('image_alone', False), ('causal_prompt', False), ('images', 1)):
@@ -79,9 +96,13 @@ def parse_stage(config: Any, where: str = 'config', *, trained: bool = True) -> 
     if init.state and init != InitFrom(stage=init.stage or '?', state=True, resize_method=init.resize_method):
         raise UserError(f'{where}.init_from.state: it takes all of one stage: give stage and nothing else beside it')
     _check_extras(stage, where)
-    for name in ('b1', 'b2', 'ema_decay'):
-        if getattr(stage.optimizer, name) >= 1:
-            raise UserError(f'{where}.optimizer.{name}: must be below 1, got {getattr(stage.optimizer, name)}')
+    shares = {f'optimizer.{name}': getattr(stage.optimizer, name) for name in ('b1', 'b2', 'ema_decay')}
+    shares |= {f'model.{name}.dropout': getattr(stage.model, name).dropout for name in ('image', 'text', 'decoder')}
+    for key, share in shares.items():
+        if share >= 1:
+            raise UserError(f'{where}.{key}: must be below 1, got {share}')
+    if init.state and stage.optimizer.ema_warmup:
+        raise UserError(f'{where}.optimizer.ema_warmup: it would forget the averages that init_from.state goes on with')
     for name in ('ema_warmup', 'ema_use'):
         if not stage.optimizer.ema_decay and getattr(stage.optimizer, name) != getattr(Optimizer, name):
             raise UserError(
@@ -123,9 +144,28 @@ def parse_stage(config: Any, where: str = 'config', *, trained: bool = True) -> 
             re.compile(pattern)
         except re.error as error:
             raise UserError(f'{where}.{key}: {pattern!r} is no regular expression: {error}') from None
+    if stage.lora.rules and stage.model.image.norm == 'batch':
+        raise UserError(
+            f'{where}.lora: adapters would not hold the running statistics that training moves: take model.image.norm='
+            "'group'"
+        )
     if not stage.lora.rules and stage.lora != Lora():
         raise UserError(f'{where}.lora: without rules there are no adapters; give rules, or leave the section out')
     return stage
+
+
+def _check_taken(stage: Stage, where: str) -> None:
+    """Refuses what of the model's section a stage makes no use of."""
+    if stage.task == 'mask_autoencoder':
+        return  # which makes use of nothing but its own, see `_check_extras`
+    takers = dict.fromkeys(_OF_PAIRS, 'contrastive') | dict.fromkeys(_OF_ANSWERS, 'generative')
+    for name, task in takers.items():
+        if getattr(stage.model, name) != getattr(Model(), name) and stage.task != task:
+            raise UserError(f'{where}.{name}: a {stage.task} stage makes no use of it; leave it out')
+    if stage.task == 'contrastive' and stage.model.text.kind != 'gemma' and stage.model.decoder != Decoder():
+        raise UserError(f'{where}.decoder: a text tower of kind {stage.model.text.kind!r} has none; leave it out')
+    if stage.model.projector == 'none' and stage.model.image != ImageTower():
+        raise UserError(f"{where}.image: with projector 'none' there is no image tower; leave it out")
 
 
 def _check_pack(stage: Stage, where: str) -> None:

@@ -167,6 +167,10 @@ def test_an_evaluation_that_cannot_run_is_found_before_training(changes, message
             {'data__sources__ask__pipeline': 'decode | resize(64) | prefix("{capton}") | suffix("a") | tokenize'},
             r"config\.transfer: data\.sources\.ask: .*'capton'",
         ),
+        (
+            {'total': {'epochs': 0.1}, 'optimizer__warmup': {'steps': 4}},
+            r'config\.transfer\.optimizer.*a warmup of 4 steps is longer than the run of \d',
+        ),
         ({'evals__answer__slices': ('holdout',)}, r"config\.transfer\.evals\.answer: .*needs field 'holdout'"),
     ],
 )

@@ -34,6 +34,7 @@ from big_vlm.sharding import mesh as meshes
 from big_vlm.training import (
     accumulation,
     evaluation,
+    evaluation_settings,
     initial_state,
     initial_weights,
     loop,
@@ -62,7 +63,7 @@ def check(stages: Mapping[str, Stage]) -> None:
             pipeline = transforms.parse(source.pipeline, where=f'{place}.pipeline')
             pipeline.check_size(stage.contract, where=f'{place}.pipeline')
             sources.check(source.dataset, source.split, stage.data.data_dir, where=place)
-        evaluation.check(stage, where)
+        evaluation_settings.check(stage, where)
         if stage.wandb and importlib.util.find_spec('wandb') is None:
             raise UserError(f"{where}.wandb: the package is not here: pip install wandb, or set it to ''")
         with config.located(where):

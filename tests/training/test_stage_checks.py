@@ -53,6 +53,10 @@ def test_stages_that_share_a_tokenizer_ask_for_one_size(tmp_path):
             },
             r"config\.transfer\.checkpoint\.best: of answer/word_error_rate/kind=count less is better.*best_is='min'",
         ),
+        (
+            {'transfer__evals__answer__every': 1, 'transfer__checkpoint__best': 'answer/exact_mach'},
+            r"unknown metric 'exact_mach' \(config\.transfer\.checkpoint\.best\): did you mean 'exact_match'",
+        ),
         ({'multimodal__init_from__fresh': ('img/hed/.*',)}, r"multimodal\.init_from\.fresh: 'img/hed/\.\*' matches no"),
         ({'multimodal__init_from__fresh': ('img/(',)}, r"init_from\.fresh: 'img/\(' is no regular expression"),
         ({'multimodal__init_from__parts': {'im': 'img'}}, r"unknown part 'im' .*multimodal\.init_from\.parts.*'img'"),

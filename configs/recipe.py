@@ -207,13 +207,13 @@ def shrink(made: ConfigDict) -> None:
     made.contract.text_length = 32
     made.optimizer.warmup = dict(steps=1)
     model = made.model
-    model.update(dtype='float32', remat='none', loss_form='dense', scan=False)
+    model.update(dtype='float32', remat='none', scan=False)
     name, _, patch = model.image.variant.partition('/')
     model.image.update(dict(variant=f'mu/{patch}') if patch else dict(variant='R26', width=4))
     if 'distill' in model:
         model.distill.update(hidden=32, bottleneck=16, prototypes=64)
     if made.task == 'contrastive':
         model.text.update(variant='mu', width=0, depth=0, mlp_dim=0, num_heads=0)
-        model.embed_dim = 32
+        model.update(embed_dim=32, loss_form='dense')
     else:
         model.decoder.update(width=32, depth=2, mlp_dim=64, num_heads=2, num_kv_heads=1, head_dim=16)

@@ -15,6 +15,7 @@ from big_vlm.bundle import Bundle
 from big_vlm.data import images, sources, transforms
 
 ROOT = Path(__file__).parents[1]
+SCHEMA = ROOT / 'big_vlm/config/schema.py'
 README = (ROOT / 'README.md').read_text()
 
 
@@ -163,3 +164,17 @@ def test_python_uses_what_exists():
                     parameters = inspect.signature(getattr(Bundle, node.func.attr)).parameters
                     assert {keyword.arg for keyword in node.keywords} <= set(parameters)
     assert {'generate', 'embed'} <= called
+
+
+def test_where_a_new_thing_goes():
+    """Every file that design.md's table names is there, and every name in it."""
+    table = (ROOT / 'docs/design.md').read_text().partition('## Where a new thing goes')[2].partition('\n## ')[0]
+    rows = [row for row in table.splitlines() if row.startswith('| ') and '`' in row]
+    assert len(rows) > 10
+    for row in rows:
+        words = re.findall(r'`([\w./]+)`', row)
+        rooms = [ROOT / 'big_vlm' / word for word in words if '/' in word]
+        assert all(room.exists() for room in rooms), row
+        said = ''.join(file.read_text() for room in [*rooms, SCHEMA] for file in ([room] if room.is_file() else []))
+        for name in (word.rpartition('.')[2] for word in words if '/' not in word):
+            assert re.search(rf'\b{name}\b', said), (row, name)

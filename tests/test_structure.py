@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 # A room imports only from lines above its own; rooms that share a line are siblings and do not know each other.
 ORDER = (
     ('config',),
-    ('ops',),
     ('sharding',),
+    ('ops',),
     ('data',),
     ('metrics',),
     ('reports',),

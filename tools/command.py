@@ -2,17 +2,31 @@
 exit code 2, Ctrl-C 130."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
+from typing import NoReturn
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its errors are one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        from big_vlm.config import UserError, unknown
+
+        if found := re.match(r'unrecognized arguments: (-[^\s=]*)', message):
+            raise unknown('flag', found[1], re.findall(r'--\w+', self.format_usage()))
+        raise UserError(f'{message}; {self.prog} --help tells more')
 
 
 def parser(name: str, description: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
     """The parser of `python -m tools.<name>`, without arguments yet; both texts are shown as they are."""
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=f'python -m tools.{name}',
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
 
 

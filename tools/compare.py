@@ -26,13 +26,9 @@ def parser() -> argparse.ArgumentParser:
 def run(argv: list[str]) -> None:
     """The tool. Raises UserError."""
     args = parser().parse_args(argv)
-    from big_vlm.config import UserError
     from big_vlm.reports import comparison
 
-    try:
-        comparison.write(args.out, args.first, args.second)
-    except OSError as error:
-        raise UserError(f'--out={args.out}: cannot be written ({error.strerror})') from error
+    comparison.write(args.out, args.first, args.second)
     print(args.out)
 
 

@@ -72,6 +72,10 @@ def run(argv: list[str]) -> None:
     import tqdm
 
     from big_vlm import bundle
+    from big_vlm.config import UserError
+
+    if args.image_size < 0:
+        raise UserError(f'--image_size={args.image_size}: must be a number of pixels')
 
     # Orbax's threads log, traceback and all, what is raised here as well and becomes one line.
     logging.getLogger('absl').setLevel(logging.CRITICAL)

@@ -1,7 +1,6 @@
 """The scores of any weights by the evaluations that a config names: a bundle, an .npz or a Hugging Face folder."""
 
 import argparse
-import json
 import pathlib
 import sys
 import tempfile
@@ -52,7 +51,7 @@ def run(argv: list[str]) -> None:
 
     from big_vlm import bundle
     from big_vlm.evaluators import generation
-    from big_vlm.training import evaluation
+    from big_vlm.training import evaluation, evaluation_settings, workdirs
 
     stages = config.validate(config.load_config(args.config, overrides))
     model = bundle.load_any(args.model, tokenizer=args.tokenizer)
@@ -62,7 +61,7 @@ def run(argv: list[str]) -> None:
     chosen = _evals(args.evals, stages[name].evals, name)
     # The evaluations and the data are the config's, the preprocessing is the model's.
     stage = dataclasses.replace(stages[name], evals=chosen, contract=model.stage.contract)
-    evaluation.check(stage, f'config.{name}')
+    evaluation_settings.check(stage, f'config.{name}')
     generating = [which for which, settings in chosen.items() if settings.kind == 'generation']
     if args.against and not generating:
         raise config.UserError(
@@ -81,7 +80,7 @@ def run(argv: list[str]) -> None:
             if which in earlier:
                 _report(generation.read_predictions(out / f'predictions_{which}.jsonl'), earlier[which])
         if args.out:
-            (out / 'evals.json').write_text(json.dumps(scores, indent=1))
+            workdirs.write_scores(out, scores)
             print(f'{out}: {", ".join(sorted(path.name for path in out.iterdir()))}')
 
 

@@ -240,8 +240,8 @@ class Checkpointer:
         if jax.process_index() == 0:
             try:
                 manifest.rewrite(self._directory / str(step), score=score)
-            except OSError as error:
-                _say(f'{self._directory / str(step)}: its score is not written: {error.strerror}. The run goes on')
+            except UserError as error:
+                _say(f'its score: {error}. The run goes on')
 
     def _score(self, step: int) -> float | None:
         with contextlib.suppress(ValueError, OSError):

@@ -7,11 +7,10 @@ it later (a file cut short, a bit that flipped, a deletion that was killed) show
 import concurrent.futures
 import hashlib
 import json
-import os
 import pathlib
 from typing import Any
 
-from big_vlm.config import UserError
+from big_vlm.config import UserError, whole_file
 
 NAME = 'manifest.json'
 _FORMAT = 1
@@ -63,9 +62,7 @@ def problem(folder: pathlib.Path) -> str | None:
 
 
 def _write(folder: pathlib.Path, manifest: dict[str, Any]) -> None:
-    part = folder / f'{NAME}.part'
-    part.write_text(json.dumps(manifest, indent=1), encoding='utf-8')
-    os.replace(part, folder / NAME)
+    whole_file.write_text(folder / NAME, json.dumps(manifest, indent=1))
 
 
 def _difference(file: pathlib.Path, told: dict[str, Any]) -> str | None:

@@ -98,7 +98,8 @@ def read(path: str) -> dict[str, np.ndarray]:
         with np.load(path) as file:
             found = {name: np.asarray(file[name], np.float32) for name in ('zimg', 'ztxt')}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise UserError(f'{path}: cannot be read as an .npz of zimg and ztxt, [batch, width] each: {error}') from error
+        why = getattr(error, 'strerror', None) or 'damaged, or without one of them'
+        raise UserError(f'{path}: cannot be read as an .npz of zimg and ztxt, [batch, width] each: {why}') from error
     contrastive.check_pairs(*found.values())
     for name, z in found.items():
         lengths = np.linalg.norm(z, axis=1)

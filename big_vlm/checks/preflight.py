@@ -20,7 +20,7 @@ from big_vlm.data.contract import Contract
 from big_vlm.data.coordinates import NUM_LOCATIONS, NUM_SEGMENTS
 from big_vlm.data.tokenizer import Tokenizer
 from big_vlm.sharding import mesh as meshes
-from big_vlm.training import accumulation, loop, memory, offloading, optimizer, stages
+from big_vlm.training import accumulation, loop, memory, offloading, stages
 from big_vlm.training import step as steps
 
 REST = 'activations, the rest'
@@ -88,10 +88,8 @@ def measure(
         contract = stages.draft_contract(stage, vocab_size(stage))
         task = tasks.make(stage, contract, mesh)
         shapes = steps.param_shapes(task)
-        # How long an epoch is changes constants of the schedule alone.
-        total_steps = 2**30 if stage.total.epochs else loop.total_steps(stage)
-        options = dict(batch_size=batch_size, examples_per_epoch=1, train=stage.lora.train)
-        tx, info = optimizer.make(stage.optimizer, total_steps, shapes, **options)
+    # How long an epoch is, and how many batches make it, changes constants of the schedule alone.
+    tx, info = loop.make_optimizer(stage, shapes, loop.any_epoch(stage), where)
     state = steps.abstract_state(task, tx, mesh, **loop.state_options(stage))
     batch = abstract_batch(stage, contract, mesh, batch_size)
     parts = memory.parts(state, batch, info.trainable)

@@ -14,9 +14,9 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+from big_vlm.config.coercion import plain, section_types
 from big_vlm.config.errors import UserError, unknown
 from big_vlm.config.schema import Stage
-from big_vlm.config.validation import plain, section_types
 
 
 def load_config(spec: str, overrides: Mapping[str, str] | None = None) -> dict[str, Any]:

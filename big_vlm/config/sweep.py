@@ -21,10 +21,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from big_vlm.config.coercion import plain
 from big_vlm.config.errors import UserError, located
 from big_vlm.config.files import call, load_config
 from big_vlm.config.schema import Stage
-from big_vlm.config.validation import plain, validate
+from big_vlm.config.validation import validate
 
 _LONGEST = 120  # characters of a folder's name
 

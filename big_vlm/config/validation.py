@@ -1,4 +1,4 @@
-"""From nested dicts to checked dataclasses and back.
+"""Stages checked: what does not go together, beyond the types and ranges that `coercion` checks.
 
 Everything that the schema can know to be wrong is refused here, in one line that names the dotted key. Names that only
 a room knows (ops, variants, optimizers) are checked there, with `unknown`.
@@ -7,15 +7,28 @@ a room knows (ops, variants, optimizers) are checked there, with `unknown`.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
-import types
-import typing
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+from big_vlm.config.coercion import coerce, plain
 from big_vlm.config.errors import UserError, unknown
-from big_vlm.config.schema import Contract, Duration, InitFrom, Lora, Masks, Model, Optimizer, Pack, Stage
+from big_vlm.config.schema import (
+    Contract,
+    Decoder,
+    ImageTower,
+    InitFrom,
+    Lora,
+    Masks,
+    Model,
+    Optimizer,
+    Pack,
+    Stage,
+)
+
+# Settings of `model` that one task alone takes.
+_OF_PAIRS = ('text', 'embed_dim', 'init_t', 'max_logit_scale', 'init_b', 'loss', 'direction', 'loss_form')
+_OF_ANSWERS = ('projector', 'image_tokens', 'average', 'token_loss', 'token_chunk', 'label_smoothing')
 
 
 def validate(config: Any) -> dict[str, Stage]:
@@ -33,7 +46,7 @@ def validate(config: Any) -> dict[str, Stage]:
         raise UserError(f'config: get_config must return a ConfigDict, not {type(config).__name__}')
     if 'stages' not in raw:
         return {'train': parse_stage(raw, 'config')}
-    names = _coerce(tuple[str, ...], raw['stages'], 'config.stages')
+    names = coerce(tuple[str, ...], raw['stages'], 'config.stages')
     if not names or len(set(names)) != len(names):
         raise UserError(f'config.stages: name every stage once, got {names!r}')
     stages = {}
@@ -58,74 +71,125 @@ def parse_stage(config: Any, where: str = 'config', *, trained: bool = True) -> 
 
     `trained`: False accepts the stage of a converted model, which has neither a duration nor data.
     """
-    stage = _coerce(Stage, plain(config), where)
+    stage = coerce(Stage, plain(config), where)
     if trained:
         _trainable(stage, where)
-    if stage.contract.value_range[0] >= stage.contract.value_range[1]:
-        raise UserError(f'{where}.contract.value_range: must rise, got {stage.contract.value_range}')
-    for name, unset in (('image_alone', False), ('causal_prompt', False), ('images', 1)):
-        if getattr(stage.contract, name) != unset and stage.task != 'generative':
-            raise UserError(f'{where}.contract.{name}: a {stage.task} stage has no prompts; leave it out')
-    if stage.contract.images > 1 and (stage.contract.max_patches or stage.model.projector == 'none'):
-        unfit = 'contract.max_patches' if stage.contract.max_patches else "model.projector 'none'"
-        raise UserError(f'{where}.contract.images: several images do not go with {unfit}; leave it at 1')
-    if stage.contract.max_patches and stage.contract.image_size != Contract.image_size:
-        raise UserError(f'{where}.contract: image_size and max_patches are both given; keep one')
+        _check_taken(stage, f'{where}.model')
+    _check_contract(stage, f'{where}.contract')
     _check_pack(stage, where)
-    for key, source in stage.init_from.given().items():
+    _check_init(stage, where)
+    _check_extras(stage, where)
+    _check_optimizer(stage, where)
+    _kept(stage, f'{where}.checkpoint')
+    _check_guards(stage, where)
+    _check_evals(stage, f'{where}.evals')
+    _check_lora(stage, where)
+    return stage
+
+
+def _check_contract(stage: Stage, where: str) -> None:
+    contract = stage.contract
+    if contract.value_range[0] >= contract.value_range[1]:
+        raise UserError(f'{where}.value_range: must rise, got {contract.value_range}')
+    for name, unset in (('image_alone', False), ('causal_prompt', False), ('images', 1)):
+        if getattr(contract, name) != unset and stage.task != 'generative':
+            raise UserError(f'{where}.{name}: a {stage.task} stage has no prompts; leave it out')
+    if contract.images > 1 and (contract.max_patches or stage.model.projector == 'none'):
+        unfit = 'contract.max_patches' if contract.max_patches else "model.projector 'none'"
+        raise UserError(f'{where}.images: several images do not go with {unfit}; leave it at 1')
+    if contract.max_patches and contract.image_size != Contract.image_size:
+        raise UserError(f'{where}: image_size and max_patches are both given; keep one')
+
+
+def _check_init(stage: Stage, where: str) -> None:
+    init = stage.init_from
+    for key, source in init.given().items():
         if source.stage and source.path:
             raise UserError(f'{where}.{key}: stage and path are both given; keep one')
-    init = stage.init_from
     if init.state and init != InitFrom(stage=init.stage or '?', state=True, resize_method=init.resize_method):
         raise UserError(f'{where}.init_from.state: it takes all of one stage: give stage and nothing else beside it')
-    _check_extras(stage, where)
-    for name in ('b1', 'b2', 'ema_decay'):
-        if getattr(stage.optimizer, name) >= 1:
-            raise UserError(f'{where}.optimizer.{name}: must be below 1, got {getattr(stage.optimizer, name)}')
+    if init.state and stage.optimizer.ema_warmup:
+        raise UserError(f'{where}.optimizer.ema_warmup: it would forget the averages that init_from.state goes on with')
+
+
+def _check_optimizer(stage: Stage, where: str) -> None:
+    optimizer, model = stage.optimizer, stage.model
+    shares = {f'optimizer.{name}': getattr(optimizer, name) for name in ('b1', 'b2', 'ema_decay')}
+    shares |= {f'model.{name}.dropout': getattr(model, name).dropout for name in ('image', 'text', 'decoder')}
+    for key, share in shares.items():
+        if share >= 1:
+            raise UserError(f'{where}.{key}: must be below 1, got {share}')
     for name in ('ema_warmup', 'ema_use'):
-        if not stage.optimizer.ema_decay and getattr(stage.optimizer, name) != getattr(Optimizer, name):
+        if not optimizer.ema_decay and getattr(optimizer, name) != getattr(Optimizer, name):
             raise UserError(
                 f'{where}.optimizer.{name}: without ema_decay there is no average; give it, or leave {name} out'
             )
-    start, end = stage.optimizer.curve
+    start, end = optimizer.curve
     if not 0 <= start < end <= 1:
-        raise UserError(f'{where}.optimizer.curve: must rise between 0 and 1, got {stage.optimizer.curve}')
-    if (start, end) != Optimizer.curve and stage.optimizer.schedule not in ('cosine', 'linear'):
+        raise UserError(f'{where}.optimizer.curve: must rise between 0 and 1, got {optimizer.curve}')
+    if (start, end) != Optimizer.curve and optimizer.schedule not in ('cosine', 'linear'):
         raise UserError(
-            f"{where}.optimizer.curve: schedule='{stage.optimizer.schedule}' has no end to be part of; leave curve out"
+            f"{where}.optimizer.curve: schedule='{optimizer.schedule}' has no end to be part of; leave curve out"
         )
-    _kept(stage, f'{where}.checkpoint')
+    _check_patterns([pattern for pattern, _ in optimizer.rules], f'{where}.optimizer.rules')
+
+
+def _check_guards(stage: Stage, where: str) -> None:
     if stage.guards.spike_steps > 50:
         raise UserError(f'{where}.guards.spike_steps: at most 50, as a spike is told from the last 100 losses')
     if stage.guards.spike_steps and not stage.guards.spike:
         raise UserError(f'{where}.guards.spike_steps: guards.spike is 0, so nothing is a spike: set it')
     if stage.profile != Stage.profile and not 1 <= stage.profile[0] <= stage.profile[1]:
         raise UserError(f'{where}.profile: must be the first and the last step, from 1 on, got {stage.profile}')
+
+
+def _check_evals(stage: Stage, where: str) -> None:
     for name, evaluation in stage.evals.items():
         if evaluation.kind == 'zero_shot' and not (evaluation.classes and evaluation.templates):
-            raise UserError(f'{where}.evals.{name}: zero_shot needs classes and templates')
+            raise UserError(f'{where}.{name}: zero_shot needs classes and templates')
         if evaluation.kind == 'generation' and not evaluation.metrics:
-            raise UserError(f'{where}.evals.{name}.metrics is empty: name at least one metric')
+            raise UserError(f'{where}.{name}.metrics is empty: name at least one metric')
         if evaluation.choices and evaluation.choices_field:
-            raise UserError(f'{where}.evals.{name}: choices and choices_field are both given; keep one')
+            raise UserError(f'{where}.{name}: choices and choices_field are both given; keep one')
         if evaluation.kind in ('calibration', 'linear_probe') and evaluation.fit_split in ('', evaluation.split):
             raise UserError(
-                f'{where}.evals.{name}.fit_split: {evaluation.fit_split!r}, but it has to be another split than '
+                f'{where}.{name}.fit_split: {evaluation.fit_split!r}, but it has to be another split than '
                 f'{evaluation.split!r}, on which the fit is judged'
             )
-    patterns = {
-        'optimizer.rules': [pattern for pattern, _ in stage.optimizer.rules],
-        'lora.rules': [pattern for pattern, _ in stage.lora.rules],
-        'lora.train': stage.lora.train,
-    }
-    for key, pattern in ((key, pattern) for key, group in patterns.items() for pattern in group):
+
+
+def _check_lora(stage: Stage, where: str) -> None:
+    _check_patterns([pattern for pattern, _ in stage.lora.rules], f'{where}.lora.rules')
+    _check_patterns(stage.lora.train, f'{where}.lora.train')
+    if stage.lora.rules and stage.model.image.norm == 'batch':
+        raise UserError(
+            f'{where}.lora: adapters would not hold the running statistics that training moves: take model.image.norm='
+            "'group'"
+        )
+    if not stage.lora.rules and stage.lora != Lora():
+        raise UserError(f'{where}.lora: without rules there are no adapters; give rules, or leave the section out')
+
+
+def _check_patterns(patterns: Iterable[str], where: str) -> None:
+    for pattern in patterns:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise UserError(f'{where}.{key}: {pattern!r} is no regular expression: {error}') from None
-    if not stage.lora.rules and stage.lora != Lora():
-        raise UserError(f'{where}.lora: without rules there are no adapters; give rules, or leave the section out')
-    return stage
+            raise UserError(f'{where}: {pattern!r} is no regular expression: {error}') from None
+
+
+def _check_taken(stage: Stage, where: str) -> None:
+    """Refuses what of the model's section a stage makes no use of."""
+    if stage.task == 'mask_autoencoder':
+        return  # which makes use of nothing but its own, see `_check_extras`
+    takers = dict.fromkeys(_OF_PAIRS, 'contrastive') | dict.fromkeys(_OF_ANSWERS, 'generative')
+    for name, task in takers.items():
+        if getattr(stage.model, name) != getattr(Model(), name) and stage.task != task:
+            raise UserError(f'{where}.{name}: a {stage.task} stage makes no use of it; leave it out')
+    if stage.task == 'contrastive' and stage.model.text.kind != 'gemma' and stage.model.decoder != Decoder():
+        raise UserError(f'{where}.decoder: a text tower of kind {stage.model.text.kind!r} has none; leave it out')
+    if stage.model.projector == 'none' and stage.model.image != ImageTower():
+        raise UserError(f"{where}.image: with projector 'none' there is no image tower; leave it out")
 
 
 def _check_pack(stage: Stage, where: str) -> None:
@@ -214,75 +278,3 @@ def to_dict(section: Any) -> dict[str, Any]:
     if isinstance(section, Mapping):
         return {'stages': list(section), **{name: to_dict(stage) for name, stage in section.items()}}
     return plain(dataclasses.asdict(section))
-
-
-def plain(value: Any) -> Any:
-    """Plain dicts and lists of a ConfigDict or a dict, at any depth (a ConfigDict may hide inside a tuple)."""
-    if hasattr(value, 'items'):
-        value = value.to_dict() if hasattr(value, 'to_dict') else value
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def section_types(section: type) -> dict[str, Any]:
-    """Field name → annotated type of a section."""
-    return typing.get_type_hints(section, include_extras=True)
-
-
-def _coerce(kind: Any, value: Any, where: str) -> Any:
-    """`value` as the annotated type `kind`, or a UserError that names `where`."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return value
-    if dataclasses.is_dataclass(kind):
-        if isinstance(value, kind):
-            return value
-        return _section(kind, _want(dict, value, where, 'a section'), where)
-    if origin in (types.UnionType, typing.Union):
-        return None if value is None else _coerce(args[0], value, where)
-    if origin is Annotated:
-        number = _coerce(args[0], value, where)
-        if number < args[1]:
-            raise UserError(f'{where}: must be at least {args[1]}, got {value!r}')
-        return number
-    if origin is Literal:
-        if value not in args:
-            raise unknown('value', value, args, where)
-        return value
-    if origin is dict:
-        items = _want(dict, value, where, 'a dict').items()
-        return {str(key): _coerce(args[1], item, f'{where}.{key}') for key, item in items}
-    if origin is tuple:
-        items = _want((list, tuple), value, where, 'a tuple')
-        inner = [args[0]] * len(items) if args[-1] is Ellipsis else args
-        if len(items) != len(inner):
-            raise UserError(f'{where}: must have {len(inner)} entries, got {value!r}')
-        return tuple(_coerce(k, item, f'{where}[{i}]') for i, (k, item) in enumerate(zip(inner, items, strict=True)))
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise UserError(f'{where}: must be finite, got {value!r}')
-        return float(value)
-    if kind is int and isinstance(value, bool):
-        raise UserError(f'{where}: must be int, got {value!r}')
-    return _want(kind, value, where, kind.__name__)
-
-
-def _want(kind: Any, value: Any, where: str, what: str) -> Any:
-    if not isinstance(value, kind):
-        raise UserError(f'{where}: must be {what}, got {value!r}')
-    return value
-
-
-def _section(kind: type, value: dict[str, Any], where: str) -> Any:
-    hints = section_types(kind)
-    for key in value:
-        if key not in hints:
-            raise unknown('key', key, hints, where)
-    for f in dataclasses.fields(kind):
-        if f.name not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise UserError(f'{where}.{f.name} is missing')
-    section = kind(**{key: _coerce(hints[key], item, f'{where}.{key}') for key, item in value.items()})
-    if kind is Duration and len(section.given()) > 1:
-        both = ' and '.join(section.given())
-        raise UserError(f'{where}: {both} are both given; keep one and set the other to 0')
-    return section

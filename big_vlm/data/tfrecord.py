@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from big_vlm.config import UserError
+from big_vlm.config import UserError, whole_file
 
 INFO = 'dataset_info.json'  # TFDS's metadata
 _POLYNOMIAL = 0x82F63B78  # Castagnoli's, reflected
@@ -111,10 +111,7 @@ def to_array_record(folder: Path, progress: Callable[[str, int], None] | None = 
         if not (folder / name).is_file():
             raise UserError(f'{folder}: no file {name}, which {INFO} tells of')
         written.append(_convert(folder / name, length, progress))
-    file = folder / INFO
-    part = file.with_name(file.name + '.part')
-    part.write_text(json.dumps(info | {'fileFormat': 'array_record'}, indent=2), encoding='utf-8')
-    os.replace(part, file)
+    whole_file.write_text(folder / INFO, json.dumps(info | {'fileFormat': 'array_record'}, indent=2))
     return written
 
 

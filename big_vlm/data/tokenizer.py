@@ -3,14 +3,13 @@
 import functools
 import hashlib
 import io
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import sentencepiece
 
-from big_vlm.config import UserError
+from big_vlm.config import UserError, whole_file
 from big_vlm.data.coordinates import NUM_LOCATIONS, NUM_SEGMENTS, TOKEN
 
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 2, 3, 4, 5  # SentencePiece's numbers of four kinds of pieces
@@ -127,12 +126,9 @@ class Tokenizer:
         if not texts:
             raise UserError('no text to train a tokenizer on: the pipelines of the training data produce none')
         model = _train(texts, vocab_size)
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         # Complete under its name, or not there: every restart reads it.
-        part = path.with_name(path.name + '.part')
-        part.write_bytes(model)
-        os.replace(part, path)
+        with whole_file.writing(path) as part:
+            part.write_bytes(model)
         return cls(model, str(path))
 
     def encode(self, text: str) -> list[int]:

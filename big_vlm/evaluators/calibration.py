@@ -3,12 +3,11 @@
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from big_vlm.config import UserError
+from big_vlm.config import UserError, whole_file
 from big_vlm.evaluators import generation
 from big_vlm.evaluators import scores as scores_lib
 from big_vlm.metrics import calibration
@@ -95,10 +94,7 @@ def run(
             'after': calibration.reliability(after, correct),
             'selective': _thinned(curve),
         }
-        part = Path(path).with_name(Path(path).name + '.part')
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(drawn, indent=1))
-        os.replace(part, path)
+        whole_file.write_text(path, json.dumps(drawn, indent=1))
     return result
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from big_vlm.config import UserError
+from big_vlm.config import UserError, whole_file
 from big_vlm.evaluators import scores as scores_lib
 from big_vlm.evaluators.answer_metrics import Metric, metric
 
@@ -143,16 +143,9 @@ def read_predictions(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def write_predictions(path: str | os.PathLike, predictions: Sequence[dict[str, Any]]) -> None:
-    """One JSON object a line, UTF-8. Written aside and moved into place, so that a reader never sees half a file."""
-    path = Path(path)
-    part = path.with_name(path.name + '.part')
+    """One JSON object a line, UTF-8, all of them or none. Raises UserError for what the disk refuses."""
     lines = (json.dumps(entry, ensure_ascii=False, default=_plain) + '\n' for entry in predictions)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(''.join(lines), encoding='utf-8')
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f'cannot write predictions to {path}: {error.strerror}') from error
+    whole_file.write_text(path, ''.join(lines))
 
 
 def _measure(chosen: Metric, predictions: Sequence[dict[str, Any]]) -> np.ndarray:

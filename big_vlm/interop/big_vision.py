@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from big_vlm.config import UserError, unknown
-from big_vlm.interop import whole_file
+from big_vlm.config import UserError, unknown, whole_file
 from big_vlm.interop.lazy import LazyWeights
 
 _LAYER = re.compile(r'((?:.*/)?encoderblock)_(\d+)/(.*)')

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import math
 import mmap
-import os
 import pathlib
 import struct
 from collections.abc import Callable, Mapping
@@ -21,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from big_vlm.config import UserError, unknown
+from big_vlm.config import UserError, unknown, whole_file
 from big_vlm.interop.lazy import LazyWeights
 
 # How matrices can be written, and llama.cpp's number of a file of them.
@@ -131,34 +130,30 @@ def write(
     plain, matrices = GGMLQuantizationType.F32, GGMLQuantizationType[precision]
     forms = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32}
     forms |= {str: GGUFValueType.STRING, list: GGUFValueType.ARRAY}
-    part = file.with_name(f'.{file.name}.part')
-    writer = GGUFWriter(part, architecture)
     said = said | {'general.file_type': PRECISIONS[precision], 'general.quantization_version': GGML_QUANT_VERSION}
-    for key, value in said.items():
-        writer.add_key_value(key, value, forms[type(value)])
-    kinds = {}
-    for name, leaf in weights.shapes.items():
-        fits = len(leaf.shape) > 1 and leaf.shape[-1] % GGML_QUANT_SIZES[matrices][0] == 0
-        kinds[name] = kind = matrices if fits else plain
-        block, nbytes = GGML_QUANT_SIZES[kind]
-        writer.add_tensor_info(name, leaf.shape, np.dtype(np.float32), leaf.size // block * nbytes, kind)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for name, kind in kinds.items():
-            array = weights.read(name)
-            writer.write_tensor_data(quantize(np.asarray(array, np.float32), kind))
-            if done:
-                done(array.nbytes)
-        writer.close()
-        os.replace(part, file)
-    except OSError as error:
-        raise UserError(f'{file}: not written: {error.strerror or error}') from error
-    finally:
-        with contextlib.suppress(OSError):  # a full disk, told again as what is left in a buffer is dropped
+    with whole_file.writing(file) as part:
+        writer = GGUFWriter(part, architecture)
+        for key, value in said.items():
+            writer.add_key_value(key, value, forms[type(value)])
+        kinds = {}
+        for name, leaf in weights.shapes.items():
+            fits = len(leaf.shape) > 1 and leaf.shape[-1] % GGML_QUANT_SIZES[matrices][0] == 0
+            kinds[name] = kind = matrices if fits else plain
+            block, nbytes = GGML_QUANT_SIZES[kind]
+            writer.add_tensor_info(name, leaf.shape, np.dtype(np.float32), leaf.size // block * nbytes, kind)
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for name, kind in kinds.items():
+                array = weights.read(name)
+                writer.write_tensor_data(quantize(np.asarray(array, np.float32), kind))
+                if done:
+                    done(array.nbytes)
             writer.close()
-        part.unlink(missing_ok=True)
+        finally:
+            with contextlib.suppress(OSError):  # a full disk, told again as what is left in a buffer is dropped
+                writer.close()
 
 
 class _Cursor:

@@ -1,4 +1,4 @@
-"""The trained mask VQ-VAE and `.npz` files under the published names, both ways."""
+"""The trained mask VQ-VAE as an `.npz` under the published names."""
 
 import os
 import pathlib
@@ -7,27 +7,13 @@ from collections.abc import Mapping
 import numpy as np
 
 from big_vlm.checkpoints import trees
+from big_vlm.config import whole_file
 from big_vlm.data import mask_codes
-from big_vlm.interop import whole_file
 
 
 def to_published(weights: Mapping[str, object]) -> dict[str, np.ndarray]:
     """Parameters and codebook under our names, nested → published name → array."""
     return {_published(path): _turned(path, leaf) for path, leaf in trees.flat(weights).items()}
-
-
-def from_published(found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Published name → array, as `mask_codes.read` gives it → flat path → array under our names."""
-    ours = {}
-    for name, array in found.items():
-        part, _, rest = name.partition('.')
-        if part == '_vq_vae':
-            ours[f'codebook/{rest.removeprefix("_")}'] = array
-        else:
-            layer, _, kind = rest.rpartition('.')
-            path = f'{part}/{layer.replace(".", "_")}/{"kernel" if kind == "weight" else kind}'
-            ours[path] = array.transpose(2, 3, 1, 0) if kind == 'weight' else array
-    return ours
 
 
 def write(path: str | os.PathLike, weights: Mapping[str, object]) -> None:

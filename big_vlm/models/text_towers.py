@@ -310,7 +310,10 @@ def _head(tower, x):
 
 
 def _pool(x, mask, kind):
-    """[B,T,D] -> [B,D]; without a mask every position counts. 'tok' is the last of all."""
+    """[B,T,D] -> [B,D]; without a mask every position counts. 'tok' is the last of all.
+
+    Of a text without a real token, 'mean' and 'max' are 0, and 'last' is what stands at the first position.
+    """
     if kind == 'first':
         return x[:, 0]
     if kind == 'tok':
@@ -325,4 +328,5 @@ def _pool(x, mask, kind):
     real = mask[..., None]
     if kind == 'mean':
         return jnp.sum(jnp.where(real, x, 0), axis=1) / jnp.maximum(jnp.sum(real, axis=1), 1).astype(x.dtype)
-    return jnp.max(jnp.where(real, x, jnp.finfo(x.dtype).min), axis=1)
+    largest = jnp.max(jnp.where(real, x, jnp.finfo(x.dtype).min), axis=1)
+    return jnp.where(jnp.any(real, axis=1), largest, 0)

@@ -107,13 +107,19 @@ class TwoTowers:
             )
             z[name] = z[name].astype(jnp.float32)
             out |= {f'{name}/{key}': value for key, value in tower_out.items()}
-            out[f'{name}/norm'] = jnp.linalg.norm(z[name], axis=-1, keepdims=True)
+            out[f'{name}/norm'] = _length(z[name])
             z[name] = z[name] / (out[f'{name}/norm'] + 1e-8)
         return z['img'], z['txt'], out
 
     def forward_flops(self) -> float:
         """Model FLOPs of one image-text pair's forward pass; pair logits are not counted, they depend on the batch."""
         return self.img.flops(self.max_patches or self.image_size) + self.txt.flops(self.text_length)
+
+
+def _length(x):
+    """[B,E] → [B,1]. Of zeros, as a bag of no words gives, it has a gradient: 0, where that of a norm is no number."""
+    square = jnp.sum(x * x, axis=-1, keepdims=True)
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
 
 
 def from_config(

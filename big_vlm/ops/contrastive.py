@@ -19,6 +19,7 @@ from big_vlm.ops.pair_logits import matmul
 from big_vlm.ops.ring import Mesh, Ring
 from big_vlm.ops.sigmoid_ring import sigmoid_ring
 from big_vlm.ops.softmax_ring import softmax_ring
+from big_vlm.sharding.mesh import BATCH_AXES
 
 FORMS = ('auto', 'dense', 'checkpoint', 'ring')
 # Bytes that 'auto' gives to the logits of all pairs on a device.
@@ -35,7 +36,7 @@ def sigmoid_loss(
     *,
     form: str = 'dense',
     mesh: Mesh | None = None,
-    axes: Sequence[str] = ('data', 'fsdp'),
+    axes: Sequence[str] = BATCH_AXES,
     tile: int = 0,
     chunk: int = 0,
     ways: int = 1,
@@ -93,7 +94,7 @@ def softmax_loss(
     direction: str = 'both',
     form: str = 'dense',
     mesh: Mesh | None = None,
-    axes: Sequence[str] = ('data', 'fsdp'),
+    axes: Sequence[str] = BATCH_AXES,
     tile: int = 0,
     chunk: int = 0,
     ways: int = 1,

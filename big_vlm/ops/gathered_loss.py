@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-# The mesh's axes, in its order: what the batch is split over, and what the table may be.
-ROWS, TABLE = ('data', 'fsdp'), ('fsdp', 'model')
+from big_vlm.sharding.mesh import BATCH_AXES
+
+TABLE = ('fsdp', 'model')  # mesh axes, in its order, that the table may be split over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,7 @@ def _walk(settings: _Settings, wanted: tuple[bool, bool], x, table, targets, wei
     """(loss, right, gradient by x and by the table where `wanted`), on the devices of the mesh if there are any."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = [axis for axis in mesh.axis_names if mesh.shape[axis] > 1]
-    rows = tuple(axis for axis in ROWS if axis in axes)
+    rows = tuple(axis for axis in BATCH_AXES if axis in axes)
     if not axes or x.shape[0] % math.prod(mesh.shape[axis] for axis in rows):
         return _on_device(settings, wanted, x, table, targets, weights)
     splits = [tuple(axis for axis in TABLE[i:] if axis in axes) for i in range(len(TABLE) + 1)]

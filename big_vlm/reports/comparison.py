@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from big_vlm.config import UserError
+from big_vlm.config import UserError, whole_file
 from big_vlm.reports import page, pictures, writers
 from big_vlm.reports.sections import section
 
@@ -18,16 +18,12 @@ _ABSENT = '—'
 
 
 def write(path: str | os.PathLike, first: str | os.PathLike, second: str | os.PathLike) -> None:
-    """Writes the page of two working directories. Raises UserError if one of them is none."""
+    """Writes the page of two working directories. Raises UserError if one is none, or for what the disk refuses."""
     runs = [Path(run) for run in (first, second)]
     # Names that tell them apart: `runs/a/x` and `runs/b/x` are both x.
     names = [run.resolve().name for run in runs]
     names = [str(run) for run in runs] if names[0] == names[1] else names
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + '.part')
-    part.write_text(render(names, [_config(run) for run in runs], runs), encoding='utf-8')
-    os.replace(part, path)
+    whole_file.write_text(path, render(names, [_config(run) for run in runs], runs))
 
 
 def render(names: Sequence[str], configs: Sequence[Mapping[str, Any]], runs: Sequence[Path]) -> str:

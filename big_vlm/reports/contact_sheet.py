@@ -2,12 +2,12 @@
 
 import os
 import textwrap
-from pathlib import Path
 
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from big_vlm.config import whole_file
 from big_vlm.reports.inspection import KINDS, Inspection, Row, spelt
 
 _PAPER, _CARD, _INK, _MUTED, _BAD = '#faf9f6', '#ffffff', '#1b2130', '#6b7280', '#c2360c'
@@ -18,9 +18,8 @@ _LINE, _MOST = 26, 144  # height, and letters of 14 pixels
 
 def write(path: str | os.PathLike, inspection: Inspection) -> None:
     """Writes the picture, a PNG."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draw(inspection).save(path, 'PNG')
+    with whole_file.writing(path) as part:
+        draw(inspection).save(part, 'PNG')
 
 
 def draw(inspection: Inspection) -> Image.Image:

@@ -7,10 +7,10 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 
 import numpy as np
 
+from big_vlm.config import whole_file
 from big_vlm.reports import page, pictures
 from big_vlm.reports.sections import section
 
@@ -97,9 +97,7 @@ class Inspection:
 
 def write(path: str | os.PathLike, inspection: Inspection) -> None:
     """Writes the page."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(inspection), encoding='utf-8')
+    whole_file.write_text(path, render(inspection))
 
 
 def render(inspection: Inspection) -> str:

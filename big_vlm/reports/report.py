@@ -7,10 +7,11 @@ data into a `Report`; what is left out of it is left out of the page.
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from big_vlm.config import whole_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,11 +128,7 @@ class Report:
 
 def write(path: str | os.PathLike, report: Report) -> None:
     """Writes the page to `path`, by way of a second file that is moved into place."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + '.part')
-    part.write_text(render(report), encoding='utf-8')
-    os.replace(part, path)
+    whole_file.write_text(path, render(report))
 
 
 def render(report: Report) -> str:

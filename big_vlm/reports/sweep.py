@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from big_vlm.config import whole_file
 from big_vlm.reports import page, writers
 from big_vlm.reports.sections import section
 
@@ -80,7 +81,7 @@ def text(columns: Sequence[Column]) -> str:
 def write(workdir: str | os.PathLike, names: Sequence[str], columns: Sequence[Column]) -> Path:
     """Writes WORKDIR/sweep.csv and sweep.html. Returns the page's path."""
     workdir = Path(workdir)
-    with (workdir / 'sweep.csv').open('w', newline='', encoding='utf-8') as file:
+    with whole_file.writing(workdir / 'sweep.csv') as part, part.open('w', newline='', encoding='utf-8') as file:
         sheet = csv.writer(file, lineterminator='\n')
         sheet.writerow(['run', *('/'.join(column.head) for column in columns)])
         sheet.writerows([name, *cells] for name, *cells in zip(names, *(c.cells for c in columns), strict=True))
@@ -90,7 +91,7 @@ def write(workdir: str | os.PathLike, names: Sequence[str], columns: Sequence[Co
     if slices := [column for column in columns if column.of_slice]:
         body += section('Slices', 'The same on parts of the examples.', _html(names, slices))
     path = workdir / 'sweep.html'
-    path.write_text(page.document(workdir.resolve().name, body), encoding='utf-8')
+    whole_file.write_text(path, page.document(workdir.resolve().name, body))
     return path
 
 

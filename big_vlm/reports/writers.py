@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Protocol
 
+from big_vlm.config import whole_file
+
 STEP = 'step'
 
 
@@ -86,12 +88,10 @@ class CsvWriter:
 
     def _rewrite(self, rows: Sequence[Mapping[str, str]]) -> None:
         self.close()
-        part = self.path.with_name(self.path.name + '.part')
-        with part.open('w', newline='', encoding='utf-8') as file:
+        with whole_file.writing(self.path) as part, part.open('w', newline='', encoding='utf-8') as file:
             table = csv.DictWriter(file, self._columns, lineterminator='\n')
             table.writeheader()
             table.writerows(rows)
-        os.replace(part, self.path)
 
 
 def read_csv(path: str | os.PathLike) -> dict[str, list[tuple[int, float]]]:

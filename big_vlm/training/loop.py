@@ -58,6 +58,26 @@ def total_steps(stage: Stage, examples_per_epoch: int | None = None, where: str 
     return total
 
 
+def make_optimizer(
+    stage: Stage, param_shapes: Any, examples_per_epoch: int | None, where: str = 'config'
+) -> tuple[optax.GradientTransformation, optimizer.Info]:
+    """`optimizer.make` of a stage as long as `total_steps`. Raises UserError as they do."""
+    return optimizer.make(
+        stage.optimizer,
+        total_steps(stage, examples_per_epoch, where),
+        param_shapes,
+        batch_size=stage.batch_size,
+        examples_per_epoch=examples_per_epoch,
+        train=stage.lora.train,
+        where=f'{where}.optimizer',
+    )
+
+
+def any_epoch(stage: Stage) -> int:
+    """Examples of an epoch before there is data: so many that no part of the stage's length is too long for it."""
+    return 2**30 if stage.total.epochs else 1
+
+
 def train(
     stage: Stage,
     task: steps.Task,
@@ -101,17 +121,9 @@ def train(
       UserError: a config the optimizer refuses, a checkpoint of another run, too many losses that are not finite.
       Interrupted: after SIGTERM or Ctrl-C, once the state is saved.
     """
-    total = total_steps(stage, examples_per_epoch, where)
     accumulation.check(mesh, stage.batch_size, stage.accumulate, stage.pack.examples)
-    tx, info = optimizer.make(
-        stage.optimizer,
-        total,
-        steps.param_shapes(task),
-        batch_size=stage.batch_size,
-        examples_per_epoch=examples_per_epoch,
-        train=stage.lora.train,
-        where=f'{where}.optimizer',
-    )
+    total = total_steps(stage, examples_per_epoch, where)
+    tx, info = make_optimizer(stage, steps.param_shapes(task), examples_per_epoch, where)
     extra = {**(extra or {}), 'seed': stage.seed, 'batch_size': stage.batch_size}
     watchdog = guards.Watchdog(stage.guards.watchdog_minutes)
     tracing = profile.capture(pathlib.Path(workdir) / 'profile', stage.profile)

@@ -8,16 +8,25 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from big_vlm import config
-from big_vlm.config import Stage, UserError
+from big_vlm.config import Stage, UserError, whole_file
 from big_vlm.training import tokenizers, workdirs
 
-# What may change between two runs in one workdir: where it runs, what is logged, kept and evaluated.
-_FREE = ('mesh', 'log_every', 'checkpoint', 'guards', 'evals', 'profile', 'wandb')
-_FREE_DATA = ('data_dir', 'workers', 'threads', 'prefetch')
+# Section ('': the stage) → what may change between two runs in one workdir: where it runs, how it fits there, what is
+# logged, kept and evaluated.
+_FREE = {
+    '': ('mesh', 'accumulate', 'log_every', 'checkpoint', 'guards', 'evals', 'profile', 'wandb'),
+    'data': ('data_dir', 'workers', 'threads', 'prefetch'),
+    'model': ('loss_form', 'token_loss', 'token_chunk', 'remat', 'scan'),
+}
+
+_NOT_SCORED = ('every', 'batch_size')  # settings of an evaluation that its scores do not depend on
 
 
 def remember(workdir: pathlib.Path, stages: Mapping[str, Stage]) -> None:
-    """Writes the config beside what it makes, and refuses a workdir that another config has begun."""
+    """Writes the config beside what it makes, and refuses a workdir that another config has begun.
+
+    Scores of evaluations that have changed since are taken away.
+    """
     file = workdir / 'config.json'
     now = {name: config.to_dict(stage) for name, stage in stages.items()}
     if file.is_file():
@@ -40,8 +49,22 @@ def remember(workdir: pathlib.Path, stages: Mapping[str, Stage]) -> None:
         asked, tokenizer = tokenizers.asked_size(stages), workdir / 'tokenizer.model'
         if asked and made and asked not in made and tokenizer.is_file():
             raise tokenizers.another_size(tokenizer, made[0], asked)
+        for name in now.keys() & before.keys():
+            _forget_scores(workdir / name, before[name].get('evals', {}), json.loads(json.dumps(now[name]['evals'])))
         now = before | now
-    workdirs.write_text(file, json.dumps(now, indent=1))
+    whole_file.write_text(file, json.dumps(now, indent=1))
+
+
+def _forget_scores(folder: pathlib.Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Of evaluations that are others now under the same name: they are made again."""
+
+    def asked(evaluation: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in evaluation.items() if key not in _NOT_SCORED}
+
+    scores = workdirs.scores(folder)
+    kept = {n: s for n, s in scores.items() if n not in now or n not in before or asked(now[n]) == asked(before[n])}
+    if kept != scores:
+        workdirs.write_scores(folder, kept)
 
 
 def _today(stage: dict[str, Any]) -> dict[str, Any]:
@@ -53,8 +76,11 @@ def _today(stage: dict[str, Any]) -> dict[str, Any]:
 
 
 def _binding(stage: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in stage.items() if key not in _FREE}
-    return kept | {'data': {key: value for key, value in stage['data'].items() if key not in _FREE_DATA}}
+    return {
+        key: {k: v for k, v in value.items() if k not in _FREE[key]} if key in _FREE else value
+        for key, value in stage.items()
+        if key not in _FREE['']
+    }
 
 
 def told(changes: Iterable[str]) -> str:

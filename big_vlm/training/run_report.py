@@ -21,6 +21,7 @@ from big_vlm.data import coordinates, naflex, prompts
 from big_vlm.evaluators import answer_metrics, generation
 from big_vlm.reports import report, writers
 from big_vlm.sharding import mesh as meshes
+from big_vlm.training import workdirs
 from big_vlm.training.evaluation import Evaluator
 
 _PAIRS = 16  # of the similarity matrix
@@ -40,9 +41,7 @@ def make(
     curves, parameters, commands = [], {}, {}
     for name, stage in stages.items():
         folder = workdir / name
-        results = folder / 'evals.json'
-        if results.is_file():
-            scores |= {f'{name}: {key}': value for key, value in json.loads(results.read_text()).items()}
+        scores |= {f'{name}: {key}': value for key, value in workdirs.scores(folder).items()}
         rows = writers.read_csv(folder / 'metrics.csv') if (folder / 'metrics.csv').is_file() else {}
         steps = max((step for column in rows.values() for step, _ in column), default=0)
         facts = {'task': stage.task, 'steps': f'{steps:,}', 'batch': str(stage.batch_size)}

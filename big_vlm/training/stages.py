@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-import json
 import os
 import pathlib
 import time
@@ -35,19 +34,17 @@ from big_vlm.sharding import mesh as meshes
 from big_vlm.training import (
     accumulation,
     evaluation,
+    evaluation_settings,
     initial_state,
     initial_weights,
     loop,
     offloading,
-    optimizer,
     remembered,
     tokenizers,
     workdirs,
 )
 from big_vlm.training import step as steps
 from big_vlm.training.state import TrainState
-
-_SCORES = 'evals.json'
 
 
 def check(stages: Mapping[str, Stage]) -> None:
@@ -66,7 +63,7 @@ def check(stages: Mapping[str, Stage]) -> None:
             pipeline = transforms.parse(source.pipeline, where=f'{place}.pipeline')
             pipeline.check_size(stage.contract, where=f'{place}.pipeline')
             sources.check(source.dataset, source.split, stage.data.data_dir, where=place)
-        evaluation.check(stage, where)
+        evaluation_settings.check(stage, where)
         if stage.wandb and importlib.util.find_spec('wandb') is None:
             raise UserError(f"{where}.wandb: the package is not here: pip install wandb, or set it to ''")
         with config.located(where):
@@ -77,17 +74,7 @@ def check(stages: Mapping[str, Stage]) -> None:
             task = tasks.make(stage, draft_contract(stage, vocab_sizes[name]), mesh)
             params, stats = steps.init_shapes(task)
             shapes[name] = tasks.weights(params, stats)
-        # How long an epoch is shows only in the data.
-        epochs = bool(stage.total.epochs)
-        tx, _ = optimizer.make(
-            stage.optimizer,
-            2**30 if epochs else loop.total_steps(stage, where=where),
-            params,
-            batch_size=stage.batch_size,
-            examples_per_epoch=1,
-            train=stage.lora.train,
-            where=f'{where}.optimizer',
-        )
+        tx, _ = loop.make_optimizer(stage, params, loop.any_epoch(stage), where)
         initial_weights.check(stages, shapes, name, where)
         states[name] = functools.partial(steps.abstract_state, task, tx, mesh, **loop.state_options(stage))
         if stage.init_from.state:
@@ -129,12 +116,14 @@ def rehearse(stage: Stage, tokenizer: Tokenizer, where: str) -> None:
     """Makes the first batch of a stage's training and of each of its evaluations, before any stage is trained.
 
     Raises UserError, with `where`, the stage's dotted key: a field that the records do not have, a condition that none
-    meets, a prompt that does not fit, a pipeline that does not make what the model takes.
+    meets, a prompt that does not fit, a pipeline that does not make what the model takes, a warmup that is longer than
+    so many epochs of the data.
     """
     mesh, contract = _mesh(stage), make_contract(stage, tokenizer)
     task = tasks.make(stage, contract, mesh)
     with config.located(where):
         _check_taken(task, _batches(stage, contract, tokenizer, mesh)[0], stage.rows, mesh)
+    loop.make_optimizer(stage, steps.param_shapes(task), loader.num_examples(stage.data), where)
     evaluation.Evaluator(stage, task, contract, tokenizer, mesh).rehearse(where)
 
 
@@ -227,7 +216,7 @@ def run_stage(
         )
     finally:
         writer.close()
-    of_run = dict(stats=state.stats, scores=_scores(folder))
+    of_run = dict(stats=state.stats, scores=workdirs.scores(folder))
     if stage.task == tasks.MaskAutoencoder.kind:
         gather = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
         whole = gather(tasks.weights(_trained(stage, state), state.stats))
@@ -266,18 +255,13 @@ def _evaluate(
     with config.located(f'{where}.evals.{which}'):
         scores = evaluator(which, params)
     if jax.process_index() == 0:
-        workdirs.write_text(folder / _SCORES, json.dumps(_scores(folder) | {which: scores}, indent=1))
+        workdirs.write_scores(folder, workdirs.scores(folder) | {which: scores})
     return scores
-
-
-def _scores(folder: pathlib.Path) -> dict[str, Any]:
-    file = folder / _SCORES
-    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def _evaluate_what_is_new(stage: Stage, folder: pathlib.Path, path: pathlib.Path, where: str) -> None:
     """The evaluations of a finished stage that have no scores yet, on its bundle."""
-    new = [which for which in stage.evals if which not in _scores(folder)]
+    new = [which for which in stage.evals if which not in workdirs.scores(folder)]
     if new:
         model = bundle.load(path, mesh=_mesh(stage))
         evaluator = evaluation.Evaluator(stage, model.task, model.contract, model.tokenizer, model.mesh, folder)

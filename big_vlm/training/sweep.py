@@ -4,7 +4,6 @@ WORKDIR/NAME/       the working directory of each run, and log.txt, what it said
 """
 
 import fcntl
-import json
 import pathlib
 import shlex
 import subprocess
@@ -33,9 +32,12 @@ def check(runs: Sequence[SweepRun], workdir: pathlib.Path) -> None:
 
 def is_finished(run: SweepRun, workdir: pathlib.Path) -> bool:
     """Whether `start` would find nothing left to do: bundles, scores and the report are there."""
+    from big_vlm.training import workdirs
+
     folder = workdir / run.name
     return (folder / 'report.html').is_file() and all(
-        (folder / name / 'bundle' / 'bundle.json').is_file() and set(stage.evals) <= _scored(folder / name)
+        (folder / name / 'bundle' / 'bundle.json').is_file()
+        and stage.evals.keys() <= workdirs.scores(folder / name).keys()
         for name, stage in run.stages.items()
     )
 
@@ -95,8 +97,3 @@ case $SLURM_ARRAY_TASK_ID in
 esac
 set -uo pipefail
 {rest}"""
-
-
-def _scored(folder: pathlib.Path) -> set[str]:
-    file = folder / 'evals.json'
-    return set(json.loads(file.read_text(encoding='utf-8'))) if file.is_file() else set()

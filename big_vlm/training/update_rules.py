@@ -25,12 +25,11 @@ def make(config: Optimizer, where: str) -> optax.GradientTransformation:
     """The rule that `config.name` names. Raises UserError for an unknown one, or an option that it does not have."""
     if config.name not in _RULES:
         raise unknown('optimizer', config.name, _RULES, f'{where}.name')
-    if config.nesterov and config.name != 'sgd':
-        raise UserError(f'{where}.nesterov: {config.name} has no such choice, sgd has; leave it out')
-    if config.momentum_dtype and config.name == 'adafactor':
-        raise UserError(
-            f'{where}.momentum_dtype: adafactor keeps no first moment, big_vision_adafactor does; leave it out'
-        )
+    for key, takers in _TAKEN_BY.items():
+        if getattr(config, key) != getattr(Optimizer, key) and config.name not in takers:
+            raise UserError(
+                f'{where}.{key}: {config.name} has no such choice, {" and ".join(takers)} have; leave it out'
+            )
     if config.name == 'sgd' and not config.b1:
         for key in ('nesterov', 'momentum_dtype'):
             if getattr(config, key):
@@ -111,6 +110,14 @@ def _dtype(config: Optimizer) -> Any:
     return jnp.dtype(config.momentum_dtype) if config.momentum_dtype else None
 
 
+# Settings that not every rule has.
+_TAKEN_BY = {
+    'nesterov': ('sgd',),
+    'eps': ('adamw', 'muon'),
+    'b1': ('adamw', 'big_vision_adafactor', 'lion', 'muon', 'sgd'),
+    'b2': ('adamw', 'adafactor', 'big_vision_adafactor', 'lion', 'muon'),
+    'momentum_dtype': ('adamw', 'big_vision_adafactor', 'lion', 'muon', 'sgd'),
+}
 _RULES: dict[str, Callable[[Optimizer], optax.GradientTransformation]] = {
     'adamw': _adamw,
     'adafactor': _adafactor,

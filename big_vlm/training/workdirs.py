@@ -1,14 +1,17 @@
-"""What all of a run's working directory needs: keys of stages in errors, files replaced whole, lines to the user."""
+"""What all of a run's working directory needs: keys of stages in errors, scores by stage, lines to the user."""
 
 from __future__ import annotations
 
-import os
+import json
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
-from big_vlm.config import Stage
+from big_vlm.config import Stage, whole_file
+
+_SCORES = 'evals.json'
 
 
 def where(stages: Mapping[str, Stage], name: str) -> str:
@@ -16,11 +19,15 @@ def where(stages: Mapping[str, Stage], name: str) -> str:
     return 'config' if len(stages) == 1 and name == 'train' else f'config.{name}'
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Replaces a file whole."""
-    part = path.with_name(path.name + '.part')
-    part.write_text(text, encoding='utf-8')
-    os.replace(part, path)
+def scores(folder: pathlib.Path) -> dict[str, Any]:
+    """Evaluation → its scores, of a stage's folder; {} where nothing was evaluated."""
+    file = folder / _SCORES
+    return json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
+
+
+def write_scores(folder: pathlib.Path, scores: Mapping[str, Any]) -> None:
+    """In the place of those that are there."""
+    whole_file.write_text(folder / _SCORES, json.dumps(scores, indent=1))
 
 
 def say(line: str) -> None:

@@ -81,6 +81,9 @@ def test_through_json_and_back():
         ('checkpoint.best', 'test', "config.checkpoint.best: 'test' names no metric: write test/METRIC"),
         ('checkpoint.best', 'test/accuracy', 'config.checkpoint.best: evals.test.every is 0, so only the end has'),
         ('task', 'contrast', "did you mean 'contrastive'?"),
+        ('model.token_chunk', 8, 'config.model.token_chunk: a contrastive stage makes no use of it; leave it out'),
+        ('model.decoder.width', 8, "config.model.decoder: a text tower of kind 'transformer' has none; leave it out"),
+        ('model.text.dropout', 1.0, 'config.model.text.dropout: must be below 1, got 1.0'),
         ('init_from', {'stage': 'a', 'path': 'b'}, 'config.init_from: stage and path are both given'),
         ('init_from.also', ({'pth': 'b'},), "unknown key 'pth' (config.init_from.also[0]): did you mean 'path'?"),
     ],
@@ -102,6 +105,33 @@ def test_a_mistake_costs_one_line_that_names_the_key(key, value, message):
 def test_an_average_that_nobody_keeps(option):
     with pytest.raises(c.UserError, match=r'config\.optimizer\.ema_\w+: without ema_decay there is no average'):
         c.validate({**STAGE, 'optimizer': option})
+
+
+@pytest.mark.parametrize(
+    ('model', 'message'),
+    [
+        ({'loss': 'softmax'}, 'model.loss: a generative stage makes no use of it; leave it out'),
+        ({'text': {'variant': 'S'}}, 'model.text: a generative stage makes no use of it'),
+        ({'projector': 'none', 'image': {'variant': 'S/16'}}, "model.image: with projector 'none' there is no image"),
+    ],
+)
+def test_what_a_decoder_makes_no_use_of(model, message):
+    stage = {**STAGE, 'task': 'generative', 'model': model}
+    with pytest.raises(c.UserError) as error:
+        c.validate(stage)
+    assert message in str(error.value)
+    assert c.parse_stage(stage, trained=False).model != c.Model()  # one of an earlier version still loads
+
+
+def test_averages_that_a_stage_goes_on_with_are_not_forgotten():
+    goes_on = {**STAGE, 'init_from': {'stage': 'a', 'state': True}, 'optimizer': dict(ema_decay=0.9, ema_warmup=True)}
+    with pytest.raises(c.UserError, match=r'config\.b\.optimizer\.ema_warmup: it would forget the averages'):
+        c.validate({'stages': ('a', 'b'), 'a': STAGE, 'b': goes_on})
+
+
+def test_adapters_hold_no_running_statistics():
+    with pytest.raises(c.UserError, match=r'config\.lora: adapters would not hold the running statistics'):
+        c.validate({**STAGE, 'model': dict(image=dict(norm='batch')), 'lora': dict(rules=(('txt/.*', {}),))})
 
 
 def test_lora_without_rules():

@@ -7,7 +7,7 @@ import pytest
 
 from big_vlm import config
 from big_vlm.config import UserError
-from big_vlm.models import gemma, text_towers
+from big_vlm.models import gemma, text_towers, two_towers
 
 SIZES = dict(width=16, depth=2, mlp_dim=24, num_heads=2)
 LENGTHS = np.array([3, 6, 1])
@@ -95,6 +95,19 @@ def test_lstm_against_its_equations(pool):
         x = np.stack(states, 1)
     pooled = [row[n - 1] if pool == 'last' else row[:n].mean(0) for row, n in zip(x, LENGTHS, strict=True)]
     np.testing.assert_allclose(run(tower, params)[0], dense(p['head'], np.stack(pooled)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('pool', ['mean', 'max'])
+def test_a_text_without_a_real_token_has_an_embedding_and_gradients(pool):
+    tower = KINDS['bag'].clone(pool=pool)
+    params = {'txt': jax.tree.map(lambda x: x * (x.ndim > 1), random_params(tower))}  # no bias: the embedding is 0
+    model = two_towers.TwoTowers(None, tower, image_size=0, text_length=6)
+
+    def total(params):
+        return jnp.sum(model.apply(params, text=TEXT, text_mask=np.zeros(TEXT.shape, bool))[1])
+
+    value, gradients = jax.jit(jax.value_and_grad(total))(params)
+    assert value == 0 and all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
 
 
 @pytest.mark.parametrize('mask', [False, True])

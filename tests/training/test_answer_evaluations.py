@@ -13,7 +13,7 @@ from big_vlm.data import coordinates
 from big_vlm.evaluators import calibration as confidence
 from big_vlm.metrics import calibration
 from big_vlm.reports import report, sections
-from big_vlm.training import evaluation
+from big_vlm.training import evaluation, evaluation_settings
 
 LOOKS = 'decode | resize(32)'
 COLOR = dict(
@@ -42,7 +42,7 @@ def model(micro_run):
 def evaluate(model, tiny_digit_scenes, tmp_path_factory):
     folder = tmp_path_factory.mktemp('evaluations')
     made = stage(tiny_digit_scenes, EVALS)
-    evaluation.check(made, 'config')
+    evaluation_settings.check(made, 'config')
     evaluator = evaluation.Evaluator(made, model.task, model.contract, model.tokenizer, model.mesh, folder)
     evaluator.rehearse('config')
     return evaluator, lambda name: evaluator(name, model.params)
@@ -161,7 +161,7 @@ def test_refused(changes, message, tmp_path):
     raw['evals']['answer'].pop('max_new_tokens')
     raw['evals']['answer'].update(changes)
     with pytest.raises(UserError, match=message) as error:
-        evaluation.check(config.parse_stage(raw), 'config')
+        evaluation_settings.check(config.parse_stage(raw), 'config')
     assert '\n' not in str(error.value)
 
 

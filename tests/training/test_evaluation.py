@@ -9,7 +9,7 @@ import small_bundle
 from big_vlm import config
 from big_vlm.config import UserError
 from big_vlm.sharding import mesh as meshes
-from big_vlm.training import evaluation, stages
+from big_vlm.training import evaluation, evaluation_settings, stages
 
 
 @pytest.mark.parametrize(
@@ -51,10 +51,10 @@ from big_vlm.training import evaluation, stages
 )
 def test_refused(stage, name, changes, message, tmp_path):
     raw = getattr(micro_config, stage)(str(tmp_path))
-    evaluation.check(config.parse_stage(raw), 'config')
+    evaluation_settings.check(config.parse_stage(raw), 'config')
     raw['evals'][name].update(changes)
     with pytest.raises(UserError, match=r'config\.evals\.' + message) as error:
-        evaluation.check(config.parse_stage(raw), 'config')
+        evaluation_settings.check(config.parse_stage(raw), 'config')
     assert '\n' not in str(error.value)
 
 
@@ -93,7 +93,7 @@ def test_a_linear_probe_of_a_stage(tiny_digit_scenes):
         )
     }
     stage, mesh = config.parse_stage(raw), meshes.make_mesh()
-    evaluation.check(stage, 'config')
+    evaluation_settings.check(stage, 'config')
     task = SimpleNamespace(predict={'embed_image': lambda params, batch: batch['image'].max((1, 2)) / 255 * params})
     probe = evaluation.Evaluator(stage, task, stages.draft_contract(stage, 400), None, mesh)
     probe.rehearse('config')

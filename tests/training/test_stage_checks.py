@@ -53,6 +53,10 @@ def test_stages_that_share_a_tokenizer_ask_for_one_size(tmp_path):
             },
             r"config\.transfer\.checkpoint\.best: of answer/word_error_rate/kind=count less is better.*best_is='min'",
         ),
+        (
+            {'transfer__evals__answer__every': 1, 'transfer__checkpoint__best': 'answer/exact_mach'},
+            r"unknown metric 'exact_mach' \(config\.transfer\.checkpoint\.best\): did you mean 'exact_match'",
+        ),
         ({'multimodal__init_from__fresh': ('img/hed/.*',)}, r"multimodal\.init_from\.fresh: 'img/hed/\.\*' matches no"),
         ({'multimodal__init_from__fresh': ('img/(',)}, r"init_from\.fresh: 'img/\(' is no regular expression"),
         ({'multimodal__init_from__parts': {'im': 'img'}}, r"unknown part 'im' .*multimodal\.init_from\.parts.*'img'"),
@@ -166,6 +170,10 @@ def test_an_evaluation_that_cannot_run_is_found_before_training(changes, message
         (
             {'data__sources__ask__pipeline': 'decode | resize(64) | prefix("{capton}") | suffix("a") | tokenize'},
             r"config\.transfer: data\.sources\.ask: .*'capton'",
+        ),
+        (
+            {'total': {'epochs': 0.1}, 'optimizer__warmup': {'steps': 4}},
+            r'config\.transfer\.optimizer.*a warmup of 4 steps is longer than the run of \d',
         ),
         ({'evals__answer__slices': ('holdout',)}, r"config\.transfer\.evals\.answer: .*needs field 'holdout'"),
     ],

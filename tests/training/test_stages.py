@@ -181,10 +181,26 @@ def test_a_setting_that_is_new_since_does_not_make_it_another_config(another, ti
 def test_where_it_runs_and_what_it_logs_may_change(another, tiny_digit_scenes, monkeypatch):
     monkeypatch.setattr(stages, 'run_stage', lambda *_, **__: pytest.fail('trains again'))
     changed = runs.validated(
-        tiny_digit_scenes, pretrain__mesh={'fsdp': 2}, transfer__log_every=2, pretrain__data__threads=1
+        tiny_digit_scenes,
+        pretrain__mesh={'fsdp': 2},
+        transfer__log_every=2,
+        pretrain__data__threads=1,
+        transfer__accumulate=2,
+        multimodal__model__remat='full',
     )
     stages.run(changed, another)
     assert json.loads((another / 'config.json').read_text())['pretrain']['mesh']['fsdp'] == 2
+
+
+def test_scores_of_an_evaluation_that_is_another_now_are_forgotten(another, tiny_digit_scenes):
+    before = {name: runs.scores(another, name) for name in STAGES}
+    same = {'transfer__evals__answer__every': 3, 'transfer__evals__answer__batch_size': 16}
+    remembered.remember(another, runs.validated(tiny_digit_scenes, **same))
+    assert {name: runs.scores(another, name) for name in STAGES} == before
+    changed = {'transfer__evals__answer__max_new_tokens': 2, 'pretrain__evals__color__templates': ('a {} one',)}
+    remembered.remember(another, runs.validated(tiny_digit_scenes, **changed))
+    del before['transfer']['answer'], before['pretrain']['color']
+    assert {name: runs.scores(another, name) for name in STAGES} == before
 
 
 def test_an_unfinished_tokenizer_of_another_size_is_refused(tiny_digit_scenes, tmp_path):

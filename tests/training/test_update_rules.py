@@ -101,7 +101,10 @@ def test_decay_by_the_schedule_alone(problem):
     ('settings', 'message'),
     [
         (dict(name='lion', nesterov=True), r'config\.optimizer\.nesterov: lion has no such choice'),
-        (dict(name='adafactor', momentum_dtype='bfloat16'), 'adafactor keeps no first moment'),
+        (dict(name='adafactor', momentum_dtype='bfloat16'), r'momentum_dtype: adafactor has no such choice'),
+        (dict(name='adafactor', b1=0.5), r'b1: adafactor has no such choice, adamw and big_vision_adafactor and lion'),
+        (dict(name='sgd', b2=0.5), r'b2: sgd has no such choice'),
+        (dict(name='lion', eps=1e-6), r'eps: lion has no such choice, adamw and muon have'),
         (dict(name='sgd', b1=0.0, nesterov=True), r'optimizer\.nesterov: sgd with b1=0 keeps no first moment'),
         (dict(name='sgd', b1=0.0, momentum_dtype='float32'), r'optimizer\.momentum_dtype: sgd with b1=0'),
         (dict(name='loin'), "did you mean 'lion'"),

@@ -60,11 +60,8 @@ def run(argv: list[str]) -> None:
         made = tokenizers.make(pathlib.Path(args.workdir or scratch), run_stages)
     for name in [args.stage] if args.stage else run_stages:
         found = inspector.inspect(run_stages[name], made[name], workdirs.where(run_stages, name), args.batches)
-        try:
-            inspection.write(out / f'{name}.html', found)
-            contact_sheet.write(out / f'{name}.png', found)
-        except OSError as error:
-            raise UserError(f'--out={args.out}: cannot be written ({error.strerror})') from error
+        inspection.write(out / f'{name}.html', found)
+        contact_sheet.write(out / f'{name}.png', found)
         print(f'{name}: {found.facts["read"]}; {out / name}.html, {out / name}.png', flush=True)
         problems += found.problems
     if problems:

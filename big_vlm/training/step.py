@@ -164,19 +164,33 @@ def _step(
     skip: bool,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     (loss, (metrics, stats)), grads = value_and_grad(state.params, state.stats, batch, rng)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    trainable = info.trainable
+    grads = _trained(trainable, grads)
+    grad_norm = global_norm(grads)
+
+    def update(params, opt_state, ema, grads):
+        whole = _with(trainable, params, state.params)
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        updates, opt_state = tx.update(_with(trainable, grads, zeros), opt_state, whole)
+        updates = _trained(trainable, updates)
+        params = _trained(trainable, constrain(_with(trainable, optax.apply_updates(params, updates), state.params)))
+        ema = [ema_decay * average + (1 - ema_decay) * p for average, p in zip(ema, params, strict=False)]
+        return params, opt_state, ema, updates
+
     # What is frozen stays the same bits, and in its averages.
-    params = constrain(_where(info.trainable, optax.apply_updates(state.params, updates), state.params))
-    ema = state.ema
-    if ema is not None:
-        new = jax.tree.map(lambda average, p: ema_decay * average + (1 - ema_decay) * p, ema, params)
-        ema = _where(info.trainable, new, ema)
-    new = TrainState(state.step + 1, params, stats, opt_state, ema)
-    grad_norm, update_norm = _norm(grads, info.trainable), _norm(updates, info.trainable)
+    old = _trained(trainable, state.params), state.opt_state, _trained(trainable, state.ema)
     if skip:
+        # A branch writes the new state over the old, and the updates over the gradients, which the other one passes on.
+        # To choose between two states afterwards, both have to be there.
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        new = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state.replace(step=new.step))
-        update_norm = jnp.where(good, update_norm, 0)
+        params, opt_state, ema, updates = jax.lax.cond(good, update, lambda *same: same, *old, grads)
+        update_norm = jnp.where(good, global_norm(updates), 0)
+        stats = jax.tree.map(lambda new, old: jnp.where(good, new, old), stats, state.stats)
+    else:
+        params, opt_state, ema, updates = update(*old, grads)
+        update_norm = global_norm(updates)
+    params, ema = _with(trainable, params, state.params), _with(trainable, ema, state.ema)
+    new = TrainState(state.step + 1, params, stats, opt_state, ema)
     metrics = {
         **metrics,
         'loss': loss,
@@ -212,11 +226,13 @@ def _value_and_grad(task: Task, accumulate: int, trainable: Any) -> accumulation
     return value_and_grad
 
 
-def _where(trainable: Any, trained: Any, frozen: Any) -> Any:
-    return jax.tree.map(lambda choose, a, b: a if choose else b, trainable, trained, frozen)
+def _trained(trainable: Any, tree: Any) -> list[jax.Array]:
+    """The leaves that are trained; none of no tree."""
+    leaves = jax.tree.leaves(tree)
+    return [leaf for leaf, trained in zip(leaves, jax.tree.leaves(trainable), strict=True) if trained] if leaves else []
 
 
-def _norm(tree: Any, trainable: Any) -> jax.Array:
-    """Over what is trained: a frozen parameter's gradient, used nowhere, is then never computed."""
-    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(trainable), strict=True)
-    return global_norm([leaf for leaf, trained in leaves if trained])
+def _with(trainable: Any, leaves: list[jax.Array], tree: Any) -> Any:
+    """`tree` with these leaves for those that are trained."""
+    rest = iter(leaves)
+    return tree and jax.tree.map(lambda x, trained: next(rest) if trained else x, tree, trainable)

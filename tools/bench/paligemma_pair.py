@@ -113,11 +113,16 @@ def batch_of(pair: Pair, lengths: list[int], width: int, seed: int = 0) -> dict[
 
 
 def their_answer(pair: Pair, batch: dict[str, Any], new: int) -> Callable[[], Any]:
-    """A function that decodes a batch without padding greedily with transformers: ids [B, new]."""
+    """A function that decodes a batch greedily with transformers: ids [B, new]. Rows are padded in front, as it takes
+    them, to the longest of the batch."""
     import numpy as np
     import torch
 
-    text = torch.tensor(np.where(batch['text'] < 0, pair.theirs.config.image_token_index, batch['text'])).long()
+    lengths = batch['segment'].sum(1)
+    text = np.zeros((len(lengths), lengths.max()), np.int64)
+    real = np.arange(text.shape[1]) >= text.shape[1] - lengths[:, None]
+    text[real] = batch['text'][batch['segment'] > 0]
+    text = torch.tensor(np.where(text < 0, pair.theirs.config.image_token_index, text))
     images = torch.tensor(batch['image'][:, 0].transpose(0, 3, 1, 2))
 
     def answer():
@@ -125,7 +130,7 @@ def their_answer(pair: Pair, batch: dict[str, Any], new: int) -> Callable[[], An
             ids = pair.theirs.generate(
                 input_ids=text,
                 pixel_values=images.float() / 127.5 - 1,
-                attention_mask=torch.ones_like(text),
+                attention_mask=torch.tensor(real).long(),
                 token_type_ids=torch.zeros_like(text),
                 max_new_tokens=new,
                 do_sample=False,

@@ -70,7 +70,7 @@ def run(argv: Sequence[str]) -> None:
     raw = config.load_config(flags.config, overrides)
     stages = config.validate(raw)
 
-    _keep_memory()
+    keep_memory()
     import jax
 
     _compilation_cache()
@@ -108,7 +108,7 @@ def _compilation_cache() -> None:
         jax.config.update('jax_compilation_cache_dir', os.path.expanduser('~/.cache/big_vlm/compiled'))
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Lets glibc keep what XLA's CPU programs take and return at every step, on machines without an accelerator.
 
     By default it hands the pages back and faults them in anew. Gradients of the quickstart's decoder took 30,000 faults

@@ -29,8 +29,8 @@ def get_config(arg: str = '') -> ConfigDict:
     masks = dict(
         task='mask_autoencoder',
         seed=args['seed'],
-        total=dict(steps=4 if args['smoke'] else 1500),
-        batch_size=8 if args['smoke'] else 64,
+        total=dict(steps=4 if args['smoke'] else 300),
+        batch_size=8 if args['smoke'] else 32,
         tokenizer=dict(path=args['tokenizer']),
         data=dict(
             data_dir=args['data_dir'],
@@ -41,7 +41,7 @@ def get_config(arg: str = '') -> ConfigDict:
         ),
         optimizer=dict(name='adamw', lr=1e-3, b2=0.999, warmup=dict(percent=5.0)),
         log_every=1 if args['smoke'] else 25,
-        checkpoint=dict(every=2 if args['smoke'] else 500),
+        checkpoint=dict(every=2 if args['smoke'] else 100),
         evals=dict(objects=dict(scored, pipeline='masks | mask'), shapes=dict(scored, pipeline='mask("shape")')),
     )
     return ConfigDict(dict(stages=('masks',), masks=masks))

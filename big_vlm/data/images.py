@@ -49,11 +49,10 @@ def decode(image: ImageLike, least: int = 0) -> np.ndarray:
         with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
             if _is_plain_jpeg(opened, image):
                 # The same pixels as Pillow's, both are libjpeg-turbo's, in two thirds of the time.
-                reduced = _reduced(min(opened.size), least)
-                flags = cv2.IMREAD_IGNORE_ORIENTATION | (reduced or cv2.IMREAD_COLOR_RGB)
+                flags = cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_COLOR_RGB | _reduced(min(opened.size), least)
                 pixels = cv2.imdecode(np.frombuffer(image, np.uint8), flags)
                 if pixels is not None:
-                    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels) if reduced else pixels
+                    return pixels
             return _from_pillow(opened)
     except UnidentifiedImageError:
         raise ValueError(f'not an image in any known format ({len(image)} bytes; {", ".join(FORMATS)})') from None
@@ -139,8 +138,11 @@ def _is_plain_jpeg(opened: Image.Image, data: bytes) -> bool:
 
 
 def _reduced(side: int, least: int) -> int:
-    """OpenCV's flag for the smallest size that leaves `least` pixels of a side, 0 for its own size."""
-    flags = {8: cv2.IMREAD_REDUCED_COLOR_8, 4: cv2.IMREAD_REDUCED_COLOR_4, 2: cv2.IMREAD_REDUCED_COLOR_2}
+    """OpenCV's flag for the smallest size that leaves `least` pixels of a side, 0 for its own size.
+
+    Their names say grey: those that say colour are of BGR, and are refused beside COLOR_RGB.
+    """
+    flags = {8: cv2.IMREAD_REDUCED_GRAYSCALE_8, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2}
     return next((flag for part, flag in flags.items() if 0 < least * part <= side), 0)
 
 

@@ -48,7 +48,7 @@ def test_codes_are_trained_and_then_said(tiny_digit_scenes, tmp_path, one_device
     scores = json.loads((tmp_path / 'codes' / 'masks' / 'evals.json').read_text())
     assert 0 < scores['objects']['mask_iou']['score'] < 1 and scores['shapes']['mask_iou']['n'] == 32
     made = config.load_config(f'{ROOT}/configs/segmentation.py:codes={codes},smoke,split=validation')['segment']
-    made |= dict(init_from={}, total={'steps': 2}, batch_size=8)
+    made |= dict(init_from={}, tokenizer={'vocab_size': 512}, total={'steps': 2}, batch_size=8)
     made['data']['data_dir'] = tiny_digit_scenes
     del made['evals']['segment_one']
     made = config.validate(made)
@@ -65,7 +65,9 @@ def test_segmentation_without_codes(tmp_path):
     with pytest.raises(UserError, match='codes=FILE'):
         load('segmentation.py', '')
     with pytest.raises(UserError, match=r'none\.npz: cannot be read'):
-        stages.check(load('segmentation.py', f'codes={tmp_path / "none.npz"}'))
+        whole = config.load_config(f'{ROOT}/configs/segmentation.py:codes={tmp_path / "none.npz"}')
+        whole['segment'] |= dict(init_from={}, tokenizer={})
+        stages.check(config.validate(whole))
 
 
 def load(name, arg, changes=None):

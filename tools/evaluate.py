@@ -59,8 +59,9 @@ def run(argv: list[str]) -> None:
         model = model.quantised(args.quantize)
     name = _stage(args.stage, stages, model.stage.task)
     chosen = _evals(args.evals, stages[name].evals, name)
-    # The evaluations and the data are the config's, the preprocessing is the model's.
-    stage = dataclasses.replace(stages[name], evals=chosen, contract=model.stage.contract)
+    # The evaluations and the data are the config's, the preprocessing is the model's; no checkpoint goes by a score.
+    others = dict(contract=model.stage.contract, checkpoint=config.Checkpoint())
+    stage = dataclasses.replace(stages[name], evals=chosen, **others)
     evaluation_settings.check(stage, f'config.{name}')
     generating = [which for which, settings in chosen.items() if settings.kind == 'generation']
     if args.against and not generating:

@@ -77,7 +77,8 @@ class ImageTower:
     depth: Count = 0
     mlp_dim: Count = 0
     num_heads: Count = 0
-    pool: Literal['map', 'gap', 'tok', 'first', 'none'] = 'map'  # attention head, mean, class or first token, all
+    # Attention head, mean, class or first token, all; what a decoder sees is its projector's choice.
+    pool: Literal['map', 'gap', 'tok', 'first', 'none'] = 'map'
     head_bias: bool = True  # of the projection to the joint width, or to a decoder's
     norm: Literal['group', 'batch'] = 'group'  # a ResNet's; 'batch' depends on the batch in training
     stem: Literal['patch', 'conv'] = 'patch'  # a token is one product of its patch, or what convolutions leave of it

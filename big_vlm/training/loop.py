@@ -159,11 +159,19 @@ def train(
                 if due or save:
                     with log.pause():
                         scores: dict[str, float] = {}
-                        for name in due:
-                            made = evaluate(name, step, state)
-                            log.write(step, made)
-                            scores |= made
-                        score = _score(stage, scores, due, f'{where}.checkpoint.best')
+                        try:
+                            for name in due:
+                                made = evaluate(name, step, state)
+                                log.write(step, made)
+                                scores |= made
+                            score = _score(stage, scores, due, f'{where}.checkpoint.best')
+                        except Exception:
+                            # It must not cost the steps since the last checkpoint. Of several processes another one may
+                            # not have failed, and would not save.
+                            if jax.process_count() == 1:
+                                saver.save(step, state, {**extra, **past.now(bad, spikes, False, source).to_dict()})
+                                saver.wait()
+                            raise
                         if save or score is not None:
                             now = past.now(bad, spikes, not stopping, source)
                             saver.save(step, state, {**extra, **now.to_dict()}, score)

@@ -19,58 +19,78 @@ _FREE = {
     'model': ('loss_form', 'token_loss', 'token_chunk', 'remat', 'scan'),
 }
 
+_CONFIG = 'config.json'
 _NOT_SCORED = ('every', 'batch_size')  # settings of an evaluation that its scores do not depend on
 
 
 def remember(workdir: pathlib.Path, stages: Mapping[str, Stage]) -> None:
-    """Writes the config beside what it makes, and refuses a workdir that another config has begun.
+    """Writes the config beside what it makes, once `check` has let it pass.
 
     Scores of evaluations that have changed since are taken away.
     """
-    file = workdir / 'config.json'
-    now = {name: config.to_dict(stage) for name, stage in stages.items()}
-    if file.is_file():
-        try:
-            before = {name: _today(section) for name, section in json.loads(file.read_text()).items()}
-        except (ValueError, AttributeError):
-            raise UserError(f'{file}: damaged: remove it, or choose another workdir') from None
-        changed = told(
-            key
-            for name in now
-            if name in before and (workdir / name).is_dir()
-            for key in changes(_binding(before[name]), _binding(json.loads(json.dumps(now[name]))), name)
-        )
-        if changed:
-            raise UserError(
-                f'{workdir} was begun with another config ({changed}): choose another --workdir, or remove this one'
-            )
-        # What the tokenizer there was asked to have: it may have fewer pieces.
-        made = [section['tokenizer']['vocab_size'] for section in before.values() if not section['tokenizer']['path']]
-        asked, tokenizer = tokenizers.asked_size(stages), workdir / 'tokenizer.model'
-        if asked and made and asked not in made and tokenizer.is_file():
-            raise tokenizers.another_size(tokenizer, made[0], asked)
-        for name in now.keys() & before.keys():
-            _forget_scores(workdir / name, before[name].get('evals', {}), json.loads(json.dumps(now[name]['evals'])))
-        now = before | now
-    whole_file.write_text(file, json.dumps(now, indent=1))
+    before = check(workdir, stages)
+    for name, kept in scores(workdir, stages).items():
+        if kept != workdirs.scores(workdir / name):
+            workdirs.write_scores(workdir / name, kept)
+    whole_file.write_text(workdir / _CONFIG, json.dumps(before | _plain(stages), indent=1))
 
 
-def _forget_scores(folder: pathlib.Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Of evaluations that are others now under the same name: they are made again."""
+def scores(workdir: pathlib.Path, stages: Mapping[str, Stage]) -> dict[str, dict[str, Any]]:
+    """Stage → evaluation → scores, of evaluations that are what they were. Raises UserError as `check` does."""
+    before, now = check(workdir, stages), _plain(stages)
 
-    def asked(evaluation: dict[str, Any]) -> dict[str, Any]:
+    def asked(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in evaluation.items() if key not in _NOT_SCORED}
 
-    scores = workdirs.scores(folder)
-    kept = {n: s for n, s in scores.items() if n not in now or n not in before or asked(now[n]) == asked(before[n])}
-    if kept != scores:
-        workdirs.write_scores(folder, kept)
+    def is_same(name: str, which: str) -> bool:
+        two = [stage[name]['evals'].get(which) for stage in (before, now) if name in stage]
+        return None in two or len({json.dumps(asked(one), sort_keys=True) for one in two}) == 1
+
+    return {
+        name: {which: made for which, made in workdirs.scores(workdir / name).items() if is_same(name, which)}
+        for name in now
+    }
+
+
+def check(workdir: pathlib.Path, stages: Mapping[str, Stage]) -> dict[str, dict[str, Any]]:
+    """Stage → the config with which a run in this folder was begun, {} where none was.
+
+    Raises UserError if that is another one, or cannot be read.
+    """
+    file, now = workdir / _CONFIG, _plain(stages)
+    if not file.is_file():
+        return {}
+    try:
+        before = {name: _today(section) for name, section in json.loads(file.read_text()).items()}
+    except (ValueError, AttributeError):
+        raise UserError(f'{file}: damaged: remove it, or choose another workdir') from None
+    changed = told(
+        key
+        for name in now
+        if name in before and (workdir / name).is_dir()
+        for key in changes(_binding(before[name]), _binding(now[name]), name)
+    )
+    if changed:
+        raise UserError(
+            f'{workdir} was begun with another config ({changed}): choose another --workdir, or remove this one'
+        )
+    # What the tokenizer there was asked to have: it may have fewer pieces.
+    made = [section['tokenizer']['vocab_size'] for section in before.values() if not section['tokenizer']['path']]
+    asked, tokenizer = tokenizers.asked_size(stages), workdir / 'tokenizer.model'
+    if asked and made and asked not in made and tokenizer.is_file():
+        raise tokenizers.another_size(tokenizer, made[0], asked)
+    return before
+
+
+def _plain(stages: Mapping[str, Stage]) -> dict[str, dict[str, Any]]:
+    """As JSON brings them back."""
+    return {name: json.loads(json.dumps(config.to_dict(stage))) for name, stage in stages.items()}
 
 
 def _today(stage: dict[str, Any]) -> dict[str, Any]:
     """A stored config with what has become a setting since: such a run used its default."""
     try:
-        return json.loads(json.dumps(config.to_dict(config.parse_stage(stage))))
+        return _plain({'': config.parse_stage(stage)})['']
     except UserError:  # Something it says is none any more, which the comparison then shows.
         return stage
 

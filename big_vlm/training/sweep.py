@@ -26,18 +26,19 @@ def check(runs: Sequence[SweepRun], workdir: pathlib.Path) -> None:
     for run in runs:
         with located(run.name):
             stages.check(run.stages)
-            if (workdir / run.name / 'config.json').is_file():
-                remembered.remember(workdir / run.name, run.stages)
+            remembered.check(workdir / run.name, run.stages)
 
 
 def is_finished(run: SweepRun, workdir: pathlib.Path) -> bool:
     """Whether `start` would find nothing left to do: bundles, scores and the report are there."""
-    from big_vlm.training import workdirs
+    from big_vlm.training import remembered
 
     folder = workdir / run.name
-    return (folder / 'report.html').is_file() and all(
-        (folder / name / 'bundle' / 'bundle.json').is_file()
-        and stage.evals.keys() <= workdirs.scores(folder / name).keys()
+    if not (folder / 'report.html').is_file():
+        return False
+    scores = remembered.scores(folder, run.stages)
+    return all(
+        (folder / name / 'bundle' / 'bundle.json').is_file() and stage.evals.keys() <= scores[name].keys()
         for name, stage in run.stages.items()
     )
 

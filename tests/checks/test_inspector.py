@@ -252,7 +252,7 @@ def test_a_tokenizer_stays_where_it_is_asked_for(tmp_path, capsys, tokenizer):
         (['--batches=0'], ROW, '--batches=0: must be at least 1'),
         ([], 'prefix("{prefx}") | suffix("x") | tokenize', "unknown field 'prefx'"),
         ([], 'text("prefix")', 'makes no mask_loss, which a generative model takes: add tokenize'),
-        (['--out={}/run.py'], ROW, 'cannot be written'),
+        (['--out={}/run.py'], ROW, 'train.html: not written: '),
     ],
 )
 def test_mistakes_are_one_line(inspect, tmp_path, flags, pipeline, message):

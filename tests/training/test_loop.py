@@ -95,6 +95,20 @@ def test_goes_on_where_it_saved_without_repeating_evaluations(tmp_path, mesh):
     assert ('often', 2) not in events.seen and ('often', 4) in events.seen
 
 
+def test_an_evaluation_that_fails_costs_no_steps(tmp_path, mesh):
+    """A memory too small for it, for instance: what was trained is saved, and evaluated when the run goes on."""
+    config = stage(4, evals=EVALS, checkpoint={'every': 100})
+
+    def failing(name, step, state):
+        raise MemoryError(name)
+
+    with pytest.raises(MemoryError, match='often'):
+        loop.train(config, Toy(), batches, tmp_path, Events(), mesh=mesh, evaluate=failing)
+    events = Events()
+    loop.train(config, Toy(), events.batches, tmp_path, events, mesh=mesh, evaluate=events.evaluate)
+    assert events.seen[:4] == [('rewind', 2), ('often', 2), ('write', 2), ('fetch', 2)]
+
+
 def test_a_stop_postpones_the_evaluation(tmp_path, mesh):
     config = stage(6, evals=EVALS, checkpoint={'every': 100})
     events = Events()

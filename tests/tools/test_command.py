@@ -1,0 +1,24 @@
+"""What all commands share: a mistake on the command line is one line that names the fix."""
+
+import pytest
+
+from tools import command
+
+
+@pytest.mark.parametrize(
+    ('argv', 'message'),
+    [
+        ([], 'the following arguments are required: --image_size; python -m tools.x --help tells more'),
+        (['--image_size=3', '--tokenzer=a'], "unknown flag '--tokenzer': did you mean '--tokenizer'? Valid: --image"),
+        (['--image_size=3', '--tok=a'], "unknown flag '--tok': "),
+        (['--image_size=a'], "argument --image_size: invalid int value: 'a'; python"),
+        (['--image_size=3', 'more'], 'unrecognized arguments: more; python'),
+    ],
+)
+def test_mistakes_are_one_line(capsys, argv, message):
+    parser = command.parser('x', 'Does it.')
+    parser.add_argument('--image_size', type=int, required=True)
+    parser.add_argument('--tokenizer')
+    assert command.end(parser.parse_args, argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f'error: {message}') and error.count('\n') == 1

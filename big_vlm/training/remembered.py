@@ -43,8 +43,11 @@ def scores(workdir: pathlib.Path, stages: Mapping[str, Stage]) -> dict[str, dict
         return {key: value for key, value in evaluation.items() if key not in _NOT_SCORED}
 
     def is_same(name: str, which: str) -> bool:
-        two = [stage[name]['evals'].get(which) for stage in (before, now) if name in stage]
-        return None in two or len({json.dumps(asked(one), sort_keys=True) for one in two}) == 1
+        wanted = now[name]['evals'].get(which)
+        if wanted is None or name not in before:
+            return True
+        made = before[name]['evals'].get(which)
+        return made is not None and asked(made) == asked(wanted)
 
     return {
         name: {which: made for which, made in workdirs.scores(workdir / name).items() if is_same(name, which)}

@@ -201,6 +201,11 @@ def test_scores_of_an_evaluation_that_is_another_now_are_forgotten(another, tiny
     remembered.remember(another, runs.validated(tiny_digit_scenes, **changed))
     del before['transfer']['answer'], before['pretrain']['color']
     assert {name: runs.scores(another, name) for name in STAGES} == before
+    # Those of one that is gone stay, until one of its name comes back.
+    gone = runs.validated(tiny_digit_scenes, multimodal__evals={}, **changed)
+    remembered.remember(another, gone)
+    assert {name: runs.scores(another, name) for name in STAGES} == before
+    assert remembered.scores(another, runs.validated(tiny_digit_scenes, **changed))['multimodal'] == {}
 
 
 def test_an_unfinished_tokenizer_of_another_size_is_refused(tiny_digit_scenes, tmp_path):

@@ -74,7 +74,6 @@ def parse_stage(config: Any, where: str = 'config', *, trained: bool = True) -> 
     stage = coerce(Stage, plain(config), where)
     if trained:
         _trainable(stage, where)
-        _check_taken(stage, f'{where}.model')
     _check_contract(stage, f'{where}.contract')
     _check_pack(stage, where)
     _check_init(stage, where)
@@ -84,6 +83,8 @@ def parse_stage(config: Any, where: str = 'config', *, trained: bool = True) -> 
     _check_guards(stage, where)
     _check_evals(stage, f'{where}.evals')
     _check_lora(stage, where)
+    if trained:
+        _check_taken(stage, f'{where}.model')
     return stage
 
 

@@ -3,7 +3,7 @@
 A decoder learns it from nothing, by letters: a tokenizer this small has hardly a longer piece, and one word in five is
 new in the evaluation (`held_out`). Scored by character and word error rate.
 
-    --config=configs/ocr.py
+    --config=configs/ocr.py              an hour on two CPU cores, by what its first hundred steps took
     --config=configs/ocr.py:smoke
     --config=configs/ocr.py:seed=1,split=validation
 """

@@ -123,6 +123,29 @@ def test_the_state_stays_where_it_was_put_and_is_donated():
     assert metrics['loss'].sharding.is_fully_replicated
 
 
+class Wide(Linear):
+    """Two matrices of 1 MiB."""
+
+    def init(self, rng):
+        return {name: jnp.zeros((512, 512)) for name in 'ab'}, {}
+
+    def loss(self, params, stats, batch, rng):
+        return jnp.mean((jnp.tanh(batch['x'] @ params['a']) @ params['b']) ** 2), ({}, stats)
+
+
+def test_the_new_state_takes_the_place_of_the_old():
+    """Beside the state there is room for the gradients, which the updates take, and not for another moment."""
+    task, mesh = Wide(), one_device()
+    tx, info = optimizer.make(Optimizer(weight_decay=0.1), 10, step.param_shapes(task))
+    state = step.abstract_state(task, tx, mesh, ema=True)
+    train_step = step.make_train_step(task, tx, info, mesh, state, 0, ema_decay=0.9)
+    batch = {'x': jax.ShapeDtypeStruct((8, 512), jnp.float32, sharding=meshes.batch_sharding(mesh))}
+    memory = train_step.lower(state, batch).compile().memory_analysis()
+    params, small = 2 * 2**20, 2**18
+    assert 4 * params < memory.alias_size_in_bytes < 4 * params + small
+    assert params <= memory.temp_size_in_bytes < params + small
+
+
 def test_what_is_to_be_overwritten_is_not_drawn():
     task, mesh = Linear(), one_device()
     tx, _ = optimizer.make(Optimizer(), 10, step.param_shapes(task))

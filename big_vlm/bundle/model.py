@@ -61,8 +61,8 @@ class Bundle:
 
     def quantised(self, kind: str) -> 'Bundle':
         """The same model with its decoder's matrices in 8 or 4 bits, 'int8' or 'int4' (`models.quantised`): answers
-        cost less memory and time, and may differ. The one it is made of is unchanged. Raises UserError for another kind
-        and for a dual encoder."""
+        take less memory, on CPUs more time (docs/benchmarks.md), and may differ. The one it is made of is unchanged.
+        Raises UserError for another kind and for a dual encoder."""
         self._require('generative', 'be quantised')
         return dataclasses.replace(self, params=quantised.quantise_decoder(self.params, kind))
 

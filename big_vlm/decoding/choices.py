@@ -40,11 +40,12 @@ def only(logits: jax.Array, allowed: jax.Array, eos_id: int) -> jax.Array:
     """float32 [B, V] with -inf where `allowed` bool [B, V] is False.
 
     A row in which nothing is left (no token is allowed, or all that are had logits of -inf or NaN) may end its text,
-    and nothing else: it has a 0 there. So no row is ever without a finite logit.
+    and nothing else: the end's own logit stays, or is 0 if that is not finite. So no row is ever without a finite
+    logit, and a beam that is stuck pays for its end as others do.
     """
     legal = allowed & (logits > -jnp.inf)
     stuck = ~jnp.any(legal, axis=-1, keepdims=True) & (jnp.arange(logits.shape[-1]) == eos_id)
-    return jnp.where(legal, logits, jnp.where(stuck, 0.0, -jnp.inf))
+    return jnp.where(legal, logits, jnp.where(stuck, jnp.where(jnp.isfinite(logits), logits, 0.0), -jnp.inf))
 
 
 @jax.tree_util.register_dataclass

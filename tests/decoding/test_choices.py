@@ -48,7 +48,7 @@ def test_what_may_come_next_is_what_a_trie_of_dicts_says(seed):
         for row, node in enumerate(nodes):
             legal = sorted(node) or [EOS]
             np.testing.assert_array_equal(np.flatnonzero(np.isfinite(out[row])), legal)
-            np.testing.assert_array_equal(out[row, legal], logits[row, legal] if node else [0])
+            np.testing.assert_array_equal(out[row, legal], logits[row, legal])
         token = np.array([rng.choice(list(node)) if node and rng.random() < 0.8 else 9 for node in nodes], np.int32)
         nodes = [node.get(int(t), {}) for node, t in zip(nodes, token, strict=True)]
         state = processor.advance(state, jnp.asarray(token))
@@ -105,7 +105,8 @@ def test_a_row_with_nothing_left_ends_and_its_neighbours_do_not(bad):
     processor = Choices(EOS)
     state = processor.start({'choices': choices.table([[[5, EOS]], [[5, EOS]], []])})
     logits = np.zeros((3, VOCAB), np.float32)
-    logits[0, 5] = bad
+    logits[0, 5], logits[:2, EOS], logits[2, EOS] = bad, -2, bad
     out = np.asarray(processor.apply(state, jnp.asarray(logits)))
     assert [np.flatnonzero(np.isfinite(row)).tolist() for row in out] == [[EOS], [5], [EOS]]
     assert not np.isnan(out).any()
+    assert out[0, EOS] == -2 and out[2, EOS] == 0  # its own, where it has one: an end is not for nothing in a beam

@@ -22,7 +22,7 @@ example:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = command.parser('bench.quantised', __doc__, EXPLAIN)
-    result.add_argument('--rounds', type=int, default=9, metavar='N', help='(default: 9)')
+    result.add_argument('--rounds', type=int, default=5, metavar='N', help='(default: 5)')
     result.add_argument('--new', type=int, default=16, metavar='N', help='tokens of an answer (default: 16)')
     result.add_argument('--text', default='docs/design.md', metavar='FILE', help='(default: docs/design.md)')
     result.add_argument('--tokens', type=int, default=512, metavar='N', help='of it that are read (default: 512)')

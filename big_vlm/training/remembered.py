@@ -36,15 +36,15 @@ def remember(workdir: pathlib.Path, stages: Mapping[str, Stage]) -> None:
 
 
 def scores(workdir: pathlib.Path, stages: Mapping[str, Stage]) -> dict[str, dict[str, Any]]:
-    """Stage → evaluation → scores, of evaluations that are what they were. Raises UserError as `check` does."""
-    before, now = check(workdir, stages), _plain(stages)
+    """Stage → evaluation → scores, of evaluations that are what they were. UserError for a damaged config.json."""
+    before, now = _stored(workdir), _plain(stages)
 
     def asked(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in evaluation.items() if key not in _NOT_SCORED}
 
     def is_same(name: str, which: str) -> bool:
         wanted = now[name]['evals'].get(which)
-        if wanted is None or name not in before:
+        if wanted is None or 'evals' not in before.get(name, {}):
             return True
         made = before[name]['evals'].get(which)
         return made is not None and asked(made) == asked(wanted)
@@ -60,13 +60,7 @@ def check(workdir: pathlib.Path, stages: Mapping[str, Stage]) -> dict[str, dict[
 
     Raises UserError if that is another one, or cannot be read.
     """
-    file, now = workdir / _CONFIG, _plain(stages)
-    if not file.is_file():
-        return {}
-    try:
-        before = {name: _today(section) for name, section in json.loads(file.read_text()).items()}
-    except (ValueError, AttributeError):
-        raise UserError(f'{file}: damaged: remove it, or choose another workdir') from None
+    before, now = _stored(workdir), _plain(stages)
     changed = told(
         key
         for name in now
@@ -83,6 +77,16 @@ def check(workdir: pathlib.Path, stages: Mapping[str, Stage]) -> dict[str, dict[
     if asked and made and asked not in made and tokenizer.is_file():
         raise tokenizers.another_size(tokenizer, made[0], asked)
     return before
+
+
+def _stored(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
+    file = workdir / _CONFIG
+    if not file.is_file():
+        return {}
+    try:
+        return {name: _today(section) for name, section in json.loads(file.read_text()).items()}
+    except (ValueError, AttributeError):
+        raise UserError(f'{file}: damaged: remove it, or choose another workdir') from None
 
 
 def _plain(stages: Mapping[str, Stage]) -> dict[str, dict[str, Any]]:

@@ -40,23 +40,32 @@ def steps_done(workdir):
     return done
 
 
-def saved(workdir):
-    """(newest checkpoints of all stages together, whether one was being written)."""
-    names = [[f.name for f in (workdir / name / 'checkpoints').glob('*')] for name in STAGES]
-    newest = sum(max([int(n) for n in some if n.isdecimal()], default=0) for some in names)
-    return newest, any('tmp' in name for some in names for name in some)
+def saved(workdir, since=0.0):
+    """(newest checkpoints of all stages together, whether one was being written `since` then)."""
+    files = [list((workdir / name / 'checkpoints').glob('*')) for name in STAGES]
+    newest = sum(max([int(f.name) for f in some if f.name.isdecimal()], default=0) for some in files)
+    return newest, any('tmp' in f.name and f.stat().st_mtime >= since for some in files for f in some)
+
+
+def logged(workdir):
+    """When the newest table was last written."""
+    return max([f.stat().st_mtime for f in workdir.glob('*/metrics.csv')], default=0.0)
 
 
 def live(data_dir, workdir, rng, number):
-    """Starts it, waits a random number of steps and a random moment, sends the signal: (what it said, exit code)."""
-    begun, _ = saved(workdir)
+    """Starts it, waits until it has taken a random number of steps, and a random moment, and sends the signal.
+
+    Returns (what it said, exit code, when it began).
+    """
+    begun, began = saved(workdir)[0], time.time()
     process, target = start(data_dir, workdir), begun + rng.randint(1, 9)
-    while process.poll() is None and not begun < target <= steps_done(workdir):
+    # A table of before still has the steps that will be taken again, until this life has cut it back.
+    while process.poll() is None and not (logged(workdir) >= began and steps_done(workdir) >= target):
         time.sleep(0.01)
     time.sleep(rng.random() * 0.1)
     process.send_signal(number)
     said, _ = process.communicate(timeout=300)
-    return said, process.returncode
+    return said, process.returncode, began
 
 
 @pytest.fixture(scope='module')
@@ -79,9 +88,9 @@ def same_bits(run, whole):
 def test_sigkill(whole, tiny_digit_scenes, tmp_path):
     rng, torn, repeated = random.Random(), 0, []
     for number in range(1, KILLS + 1):
-        said, code = live(tiny_digit_scenes, tmp_path, rng, signal.SIGKILL)
+        said, code, began = live(tiny_digit_scenes, tmp_path, rng, signal.SIGKILL)
         assert code == -signal.SIGKILL, said
-        (newest, writing), done = saved(tmp_path), steps_done(tmp_path)
+        (newest, writing), done = saved(tmp_path, began), steps_done(tmp_path)
         torn, repeated = torn + writing, [*repeated, done - newest]
         print(f'kill {number}: step {done} of {2 * STEPS}, checkpoint {newest}{", writing one" if writing else ""}')
     runs.finish(start(tiny_digit_scenes, tmp_path))
@@ -92,7 +101,7 @@ def test_sigkill(whole, tiny_digit_scenes, tmp_path):
 def test_sigterm(whole, tiny_digit_scenes, tmp_path):
     rng, repeated = random.Random(), []
     for number in range(1, STOPS + 1):
-        said, code = live(tiny_digit_scenes, tmp_path, rng, signal.SIGTERM)
+        said, code, _ = live(tiny_digit_scenes, tmp_path, rng, signal.SIGTERM)
         # Between two stages nothing is under way, and the signal ends it as any program.
         assert code in (INTERRUPTED, -signal.SIGTERM), said
         (newest, _), done = saved(tmp_path), steps_done(tmp_path)

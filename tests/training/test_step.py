@@ -127,16 +127,16 @@ class Wide(Linear):
     """Two matrices of 1 MiB."""
 
     def init(self, rng):
-        return {name: jnp.zeros((512, 512)) for name in 'ab'}, {}
+        return {name: {'w': jnp.zeros((512, 512))} for name in 'ab'}, {}
 
     def loss(self, params, stats, batch, rng):
-        return jnp.mean((jnp.tanh(batch['x'] @ params['a']) @ params['b']) ** 2), ({}, stats)
+        return jnp.mean((jnp.tanh(batch['x'] @ params['a']['w']) @ params['b']['w']) ** 2), ({}, stats)
 
 
 def test_the_new_state_takes_the_place_of_the_old():
     """Beside the state there is room for the gradients, which the updates take, and not for another moment."""
     task, mesh = Wide(), one_device()
-    tx, info = optimizer.make(Optimizer(weight_decay=0.1), 10, step.param_shapes(task))
+    tx, info = optimizer.make(Optimizer(weight_decay=0.1, decay_by='schedule'), 10, step.param_shapes(task))
     state = step.abstract_state(task, tx, mesh, ema=True)
     train_step = step.make_train_step(task, tx, info, mesh, state, 0, ema_decay=0.9)
     batch = {'x': jax.ShapeDtypeStruct((8, 512), jnp.float32, sharding=meshes.batch_sharding(mesh))}

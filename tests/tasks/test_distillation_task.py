@@ -191,7 +191,8 @@ def test_the_teacher_follows_every_step():
             close = dict(rtol=1e-6, atol=1e-8) if losses[sizes] else dict(rtol=0)
             jax.tree.map(functools.partial(np.testing.assert_allclose, **close), actual, expected)
             losses[sizes].append([float(metrics[name]) for name in ('loss', 'local_loss', 'masked_loss')])
-    np.testing.assert_allclose(*losses.values(), rtol=1e-4)
+    # A cross-entropy near 0 is a difference of numbers near 1, whose rounding it has.
+    np.testing.assert_allclose(*losses.values(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,15 @@ def test_no_checkout_is_one_line(capsys):
     assert capsys.readouterr().err.startswith('error: --big_vision=/nowhere: no big_vision/models/proj/image_text/')
 
 
+def test_a_decoder_has_no_other_side(capsys):
+    assert train_step.main([*TINY, '--answers', '--big_vision=/nowhere']) == 2
+    assert capsys.readouterr().err == 'error: --answers is of our side alone: leave --big_vision out\n'
+
+
 @pytest.mark.slow
-def test_our_side(capsys):
-    assert train_step.main([*TINY, '--accumulate=2', '--rounds=1']) == 0
+@pytest.mark.parametrize('more', [[], ['--answers']])
+def test_our_side(more, capsys):
+    assert train_step.main([*TINY, *more, '--accumulate=2', '--rounds=1']) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == 'skipped: big_vision (--big_vision=CHECKOUT names one)'
     told = json.loads(said[-1])

@@ -20,6 +20,7 @@ examples:
   python -m tools.bench.train_step --big_vision=../big_vision
   python -m tools.bench.train_step --big_vision=../big_vision --image=S/16 --text=S --batch=64
   python -m tools.bench.train_step --big_vision=../big_vision --accumulate=1 --rounds=0
+  python -m tools.bench.train_step --answers --image=S/16 --text=S --size=128
 """
 SCHEDULE = dict(lr=1e-3, b2=0.95, decay=1e-4, clip=1.0, warmup=2, steps=100)
 REMAT = {'full': 'nothing_saveable', 'dots_with_no_batch_dims_saveable': 'dots_with_no_batch_dims_saveable'}
@@ -31,7 +32,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument('--big_vision', metavar='CHECKOUT', help='(default: only our side)')
     result.add_argument('--image', default='B/16', metavar='VARIANT', help='(default: B/16)')
     result.add_argument('--text', default='B', metavar='VARIANT', help='(default: B)')
-    result.add_argument('--batch', type=int, default=32, metavar='B', help='pairs (default: 32)')
+    result.add_argument('--answers', action='store_true', help='a decoder as large as --text, of our side alone')
+    result.add_argument('--batch', type=int, default=32, metavar='B', help='examples (default: 32)')
     result.add_argument('--size', type=int, default=224, metavar='PX', help='of the images (default: 224)')
     result.add_argument('--length', type=int, default=64, metavar='T', help='of the texts (default: 64)')
     result.add_argument('--vocabulary', type=int, default=32_000, metavar='V', help='(default: 32,000)')
@@ -65,15 +67,21 @@ class Side:
 def our_stage(args: argparse.Namespace, accumulate: int) -> Any:
     """The config of our side."""
     from big_vlm import config
+    from big_vlm.models import vit
 
+    model = {'image': {'variant': args.image}, 'text': {'variant': args.text}, 'remat': args.remat}
+    if args.answers:
+        decoder = {key: vit.decode_variant(args.text)[key] for key in ('width', 'depth', 'mlp_dim', 'num_heads')}
+        decoder |= {'num_kv_heads': 1, 'head_dim': decoder['width'] // decoder['num_heads']}
+        model |= {'text': {}, 'decoder': decoder}
     return config.parse_stage(
         {
-            'task': 'contrastive',
+            'task': 'generative' if args.answers else 'contrastive',
             'total': {'steps': SCHEDULE['steps']},
             'batch_size': args.batch,
             'accumulate': accumulate,
             'contract': {'image_size': args.size, 'text_length': args.length},
-            'model': {'image': {'variant': args.image}, 'text': {'variant': args.text}, 'remat': args.remat},
+            'model': model,
             'data': {'sources': {'random': {}}},
             'optimizer': {
                 'lr': SCHEDULE['lr'],
@@ -85,6 +93,23 @@ def our_stage(args: argparse.Namespace, accumulate: int) -> Any:
             },
         }
     )
+
+
+def random_batch(args: argparse.Namespace) -> dict[str, Any]:
+    """Pictures and texts of random numbers; of `--answers`, a quarter of a text is prompt."""
+    import numpy as np
+
+    from big_vlm.data import loader, prompts
+    from big_vlm.training import stages
+
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (args.batch, args.size, args.size, 3), np.uint8)
+    text = rng.integers(0, args.vocabulary, (args.batch, args.length), np.int32)
+    if not args.answers:
+        return {'image': image, 'text': text, 'text_mask': np.ones(text.shape, bool)}
+    contract, asked = stages.draft_contract(our_stage(args, 1), args.vocabulary), args.length // 4
+    rows = [prompts.generative_row(row[:asked], row[asked:], contract) for row in text]
+    return {'image': image[:, None], **loader.stack(rows)}
 
 
 def our_side(args: argparse.Namespace, batch: dict[str, Any], accumulate: int = 1) -> Side:
@@ -172,15 +197,13 @@ def run(argv: list[str]) -> None:
     import jax
     import numpy as np
 
+    from big_vlm.config import UserError
     from tools.bench import big_vision, interleaved
 
-    rng = np.random.default_rng(0)
-    batch = {
-        'image': rng.integers(0, 256, (args.batch, args.size, args.size, 3), np.uint8),
-        'text': rng.integers(0, args.vocabulary, (args.batch, args.length), np.int32),
-        'text_mask': np.ones((args.batch, args.length), bool),
-    }
-    about = {name: getattr(args, name) for name in ('image', 'text', 'batch', 'size', 'length', 'remat')}
+    if args.answers and args.big_vision:
+        raise UserError('--answers is of our side alone: leave --big_vision out')
+    batch = random_batch(args)
+    about = {name: getattr(args, name) for name in ('image', 'text', 'answers', 'batch', 'size', 'length', 'remat')}
     about |= {'jax': jax.__version__, 'cores': os.cpu_count()}
     if args.big_vision:
         big_vision.check(args.big_vision)

@@ -86,6 +86,8 @@ FAULTS = {
     'case of a prompt': ('paligemma2', contract(lower=True), 'token ids', 'case'),
     'padding id': ('siglip', contract(pad_id=0), 'token ids', 'padding id'),
     'end token': ('siglip2', contract(eos=False), 'token ids', 'end token'),
+    'causal prompt': ('gemma', contract(causal_prompt=False), 'token ids', 'setting'),
+    'separator': ('gemma', contract(separator='\n', separator_ids=[4]), 'token ids', 'setting'),
     'newline': ('paligemma2', contract(separator_ids=[]), 'token ids', 'newline'),
     'features divided': (
         'paligemma2',

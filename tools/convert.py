@@ -77,6 +77,7 @@ def run(argv: list[str]) -> None:
     if args.image_size < 0:
         raise UserError(f'--image_size={args.image_size}: must be a number of pixels')
 
+    told = []
     # Orbax's threads log, traceback and all, what is raised here as well and becomes one line.
     logging.getLogger('absl').setLevel(logging.CRITICAL)
     with tqdm.tqdm(unit='B', unit_scale=True, desc=args.destination, disable=None, dynamic_ncols=True) as bar:
@@ -95,8 +96,9 @@ def run(argv: list[str]) -> None:
             per_layer=args.per_layer,
             precision=args.precision,
             progress=progress,
+            say=told.append,
         )
-    print(f'{args.destination}: {written}')
+    print(f'{args.destination}: {written}', *told, sep='\n')
 
 
 def main(argv: list[str] | None = None) -> int:

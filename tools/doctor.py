@@ -29,9 +29,10 @@ value (of ids: the share that differs); float32 rounds to some 1e-6, and beyond 
 has no files to make it. Weights are compared array by array. They are in memory in float32, once for each side and once
 more for transformers.
 
-causes that are known: resampling, value range, case, padding id, end token, newline tokenized with the prompt, image
-features scaled twice, softcap applied or not, norm offset (scale or 1 + scale), transposed projection, other settings.
-One is named only if the divergence vanishes when it is mended on our side.
+causes that are known: resampling, value range, case, padding id, end token, punctuation left out (by transformers for a
+SigLIP 1; a --prompt with some shows it), newline tokenized with the prompt, image features scaled twice, softcap
+applied or not, norm offset (scale or 1 + scale), transposed projection, other settings. One is named only if the
+divergence vanishes when it is mended on our side.
 
 The same in Python: big_vlm.checks.doctor.examine(BUNDLE, PATH)
 """

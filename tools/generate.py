@@ -22,8 +22,10 @@ EXAMPLES = """examples:
     python -m tools.generate BUNDLE --image=left.png --image=right.png --together --prompt='are both red?'
     python -m tools.generate BUNDLE --image=clip.mp4 --prompt='caption en'
 
-  A decoder alone goes on with a text. It may be a folder of Hugging Face or a .gguf, as any model here:
+  A decoder alone goes on with a text. It may be a folder of Hugging Face or a .gguf, as any model here;
+  an .npz comes without its tokenizer:
     python -m tools.generate gemma-3-270m-Q4_K_M.gguf --prompt='The capital of France is' --max_new_tokens=16
+    python -m tools.generate paligemma-3b-mix-224.npz --tokenizer=gemma.model --image=scene.png --prompt='caption en'
 
   One line of JSON per answer, written as soon as it is there:
     python -m tools.generate BUNDLE --image=scene.png --prompt='caption en' --json
@@ -123,6 +125,7 @@ def parser() -> argparse.ArgumentParser:
         metavar='int8|int4',
         help='weights of 8 or 4 bits: less memory, other answers at times',
     )
+    result.add_argument('--tokenizer', default='', metavar='FILE', help='SentencePiece model, if BUNDLE comes without')
     result.add_argument('--json', action='store_true', help='one JSON object per answer: text, ids, log_probs')
     result.add_argument('--draw', metavar='OUT.png', help='write the picture with the boxes of the answer drawn in')
     return result
@@ -148,15 +151,15 @@ def pairs(images: list, prompts: list[str]) -> list[tuple]:
     return list(zip(images, prompts, strict=True))
 
 
-def load(path: str, quantize: str = ''):
+def load(path: str, quantize: str = '', tokenizer: str = ''):
     """A bundle, or any checkpoint that `tools.convert` reads, its weights quantised if asked. Raises UserError."""
     import big_vlm
     from big_vlm import bundle
 
     foreign = '.npz' in path or path.endswith('.gguf') or os.path.isfile(os.path.join(path, 'config.json'))
-    if not foreign:
+    if not foreign and not tokenizer:
         return big_vlm.load(path, quantize=quantize)
-    loaded = bundle.load_any(path)
+    loaded = bundle.load_any(path, tokenizer=tokenizer)
     return loaded.quantised(quantize) if quantize else loaded
 
 
@@ -229,8 +232,9 @@ def answer_file(args: argparse.Namespace) -> int:
     from big_vlm.reports import writers
 
     out, asked = Path(args.out), requests.read(Path(args.requests), folder)
-    bundle = load(args.bundle, args.quantize)
+    bundle = load(args.bundle, args.quantize, args.tokenizer)
     name = os.path.realpath(args.bundle) + f' as {args.quantize}' * bool(args.quantize)
+    name += f' with {os.path.realpath(args.tokenizer)}' if args.tokenizer else ''
     progress = writers.ProgressWriter(len(asked), 'answers', show=())
     every = 1 if sys.stderr.isatty() else args.batch_size
     start, done = None, 0
@@ -269,7 +273,7 @@ def run(argv: list[str]) -> int:
         if not os.path.isfile(path):
             raise UserError(f'--image={path}: no such file')
 
-    answers = load(args.bundle, args.quantize).generate_each(
+    answers = load(args.bundle, args.quantize, args.tokenizer).generate_each(
         [image for image, _ in asked] if len(images) > 1 else images or None,
         [prompt for _, prompt in asked],
         errors='return' if len(asked) > 1 else 'raise',

@@ -22,7 +22,7 @@ from big_vlm.data.contract import Contract
 from big_vlm.data.tokenizer import Tokenizer
 from big_vlm.interop import big_vision, gguf_gemma, hugging_face
 from big_vlm.interop.lazy import LazyWeights
-from big_vlm.interop.pretrained import POSITION, Pretrained, family_of
+from big_vlm.interop.pretrained import DECODERS, POSITION, Pretrained, family_of
 from big_vlm.models import vit
 from big_vlm.ops import position_resize
 from big_vlm.sharding import mesh as meshes
@@ -49,6 +49,7 @@ def convert(
     per_layer: bool = False,
     precision: str = '',
     progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> str:
     """Writes the model at `source` in another format, array by array.
 
@@ -64,6 +65,7 @@ def convert(
       per_layer: write an `.npz` layer by layer, as SigLIP 1 was published.
       precision: of a GGUF file's matrices, one of `gguf_files.PRECISIONS`; '': 'F32'.
       progress: called with (bytes done, bytes in all).
+      say: called with a line about what of the source is not in what was written.
 
     Returns:
       The format written, 'peft' for adapters.
@@ -120,6 +122,10 @@ def convert(
         gguf_gemma.write(destination, model, pieces, precision or 'F32', done)
     else:
         _write_bundle(destination, model, contract, pieces, os.fspath(source), done)
+    if model.decoder_of:
+        say(f'{destination} is the decoder of {source}, a {model.decoder_of}: its image tower is left out')
+    if to == 'hugging_face' and model.family not in DECODERS and not model.settings.antialias:
+        say(f'{destination}: its images are to be resized without antialias, and transformers resizes with it')
     return to
 
 
@@ -129,7 +135,7 @@ def load_any(source: str | os.PathLike, *, tokenizer: str | os.PathLike = '', me
     Args:
       source: as of `convert`.
       tokenizer: a SentencePiece file; '': the one that came with the model.
-      mesh: where its weights go; None: one device.
+      mesh: where its weights go, as float32; None: one device.
 
     Raises:
       UserError: as `convert` does; a bundle whose own tokenizer is not to be used.
@@ -147,7 +153,10 @@ def load_any(source: str | os.PathLike, *, tokenizer: str | os.PathLike = '', me
     if mesh is None:
         mesh = meshes.make_mesh(data=1, devices=jax.local_devices()[:1])
     shardings = trees.flat(rules.param_shardings(trees.nested(dict(model.weights.shapes)), mesh))
-    params = {name: jax.device_put(model.weights.read(name), shardings[name]) for name in model.weights.shapes}
+    params = {}
+    for name in model.weights.shapes:
+        # As a bundle's are read: what is computed in a weight's dtype is not to depend on the file.
+        params[name] = jax.device_put(np.asarray(model.weights.read(name), np.float32), shardings[name])
     return Bundle(model.stage(os.fspath(source)), contract, pieces, trees.nested(params), mesh)
 
 
@@ -217,7 +226,7 @@ def _write_bundle(
 
 
 def _no_tokenizer(source: str | os.PathLike) -> UserError:
-    return UserError(f'{source} comes without a SentencePiece tokenizer, and a bundle has one: --tokenizer=FILE')
+    return UserError(f'{source} comes without a SentencePiece tokenizer: name its file, --tokenizer=FILE')
 
 
 def _existing(path: pathlib.Path) -> pathlib.Path:

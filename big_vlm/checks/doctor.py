@@ -87,7 +87,8 @@ def examine(
       say: called with a line before what takes time.
 
     Raises:
-      UserError: a checkpoint that cannot be read, two of unlike architecture, no torch, a prompt that does not fit.
+      UserError: a checkpoint that cannot be read, two of unlike architecture, no torch, a prompt that does not fit, an
+        image for a decoder alone.
     """
     folder = interop.format_of(against) == 'hugging_face'
     oracle = oracle or ORACLES[0 if folder else 1]
@@ -97,6 +98,8 @@ def examine(
         transformers_oracle.require()
     say(f'reading {source} and {against}')
     side, other = open_pair(source, against)
+    if image is not None and not side.sees:
+        raise UserError(f'{source} is a decoder alone and sees no images: leave the image out')
     theirs, name = other, f"big_vlm's own code on the weights of {against}"
     if oracle == 'transformers':
         say('starting transformers')

@@ -55,12 +55,20 @@ def of_tokens(side: Side, other: Side, theirs: Tokens) -> Iterator[tuple[Fault, 
         groups.append([_contract('padding id', text, pad_id=pad) for text, pad in zip(details, pads, strict=True)])
         detail = f'text ends {ends[now.eos]} an end token here, {ends[not now.eos]} one in the oracle'
         groups.append([_contract('end token', detail, eos=not now.eos)])
+        detail = 'kept as it is written here, left out in the oracle, and spaces folded'
+        groups.append([Fault('punctuation', detail, lambda s: dataclasses.replace(s, bare=True))])
     elif side.sees:
         detail = 'tokenized on its own here, together with the prompt in the oracle'
         groups.append([Fault('newline', detail, lambda s: dataclasses.replace(s, joint=True))])
         if newline != now.separator_ids:
             detail = f'between prompt and answer {list(now.separator_ids)} here, {list(newline)} in the oracle'
             groups[-1].append(_contract('newline', detail, separator='\n', separator_ids=newline))
+    else:
+        for fields in (('causal_prompt',), ('separator', 'separator_ids')):
+            here, there = ({name: getattr(x, name) for name in fields} for x in (now, other.contract))
+            if here != there:
+                detail = f'contract.{fields[0]} {here[fields[0]]!r} here and {there[fields[0]]!r} in the oracle'
+                groups.append([_contract('setting', detail, **there)])
     return _combined(*groups)
 
 

@@ -10,6 +10,7 @@ import functools
 import math
 import os
 import pathlib
+import string
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -47,6 +48,7 @@ class Side:
       tokenizer: the pieces.
       weights: name → float32 array, under our names.
       joint: the separator is tokenized together with the prompt, not on its own.
+      bare: a dual encoder's text loses punctuation, and of spaces all but one in a run: transformers' SigLIP 1 does so.
     """
 
     model: pretrained.Pretrained
@@ -54,6 +56,7 @@ class Side:
     tokenizer: Tokenizer
     weights: Mapping[str, np.ndarray]
     joint: bool = False
+    bare: bool = False
 
     @property
     def sees(self) -> bool:
@@ -72,21 +75,21 @@ class Side:
     def tokens(self, prompt: str, answer: str) -> Tokens:
         """The row of a text or, of a PaliGemma, of a prompt and its answer. Raises UserError for one that is too long.
 
-        A dual encoder and a decoder alone read the prompt only; the latter's row is causal.
+        A dual encoder and a decoder alone read the prompt only.
         """
         contract = self.contract
         prompt, answer = (text.lower() if contract.lower else text for text in (prompt, answer))
         if self.model.family in pretrained.TOWERS:
+            if self.bare:
+                prompt = ' '.join(prompt.translate(str.maketrans('', '', string.punctuation)).split())
             ids, _ = prompts.contrastive_text(self.tokenizer.encode(prompt), contract)
             return Tokens(ids, np.zeros_like(ids))
-        if not self.sees:
-            ids = np.array([contract.bos_id, *self.tokenizer.encode(prompt)], np.int32)
-            return Tokens(ids, np.ones_like(ids))
         if self.joint:
             prompt, contract = prompt + contract.separator, dataclasses.replace(contract, separator_ids=())
-        row = prompts.generative_row(self.tokenizer.encode(prompt), self.tokenizer.encode(answer), contract)
+        suffix = self.tokenizer.encode(answer) if self.sees else None
+        row = prompts.generative_row(self.tokenizer.encode(prompt), suffix, contract)
         real = row['segment'] != 0
-        if row['text'][real][-1] != contract.eos_id:  # cut, as no oracle does
+        if self.sees and row['text'][real][-1] != contract.eos_id:  # cut, as no oracle does
             slots = f'{contract.text_length} text slots of {self.model.weights.where}'
             raise UserError(f'prompt and answer do not fit into the {slots}: shorten them')
         return Tokens(row['text'][real], row['mask_ar'][real])
@@ -159,7 +162,7 @@ def _check_known(model):
     known, of_patches = [], model.settings.max_patches > 0
     if model.family in pretrained.TOWERS:
         known.append(('model.text.kind', sections.text.kind, 'transformer'))
-    else:
+    elif model.family not in pretrained.DECODERS:
         known.append(('contract.max_patches', model.settings.max_patches, 0))
         known.append(('model.projector', sections.projector, 'linear'))
     if model.family not in pretrained.DECODERS:

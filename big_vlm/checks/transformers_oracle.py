@@ -16,13 +16,14 @@ from big_vlm.data import naflex
 from big_vlm.interop import pretrained
 from big_vlm.models.image_towers import naflex_patch_size
 
-_CLASSES = {
+_CLASSES = {  # by config.json's model_type
     'siglip': 'SiglipModel',
     'siglip2': 'Siglip2Model',
     'paligemma': 'PaliGemmaForConditionalGeneration',
     'gemma': 'GemmaForCausalLM',
     'gemma2': 'Gemma2ForCausalLM',
     'gemma3_text': 'Gemma3ForCausalLM',
+    'gemma3': 'Gemma3ForConditionalGeneration',
 }
 _VISION, _TEXT, _LLM = r'vision_(?:model|tower)(?:\.vision_model)?\.', r'text_model\.', r'(?:language_model|model)\.'
 # A module, below whatever prefix a release gives it, and the stage that its output is.
@@ -137,7 +138,7 @@ def load(folder: pathlib.Path, model: pretrained.Pretrained) -> TransformersOrac
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     options = dict(dtype=torch.float32, attn_implementation='eager', use_safetensors=True)
-    network = _read(getattr(transformers, _CLASSES[model.family]), folder, **options)
+    network = _read(getattr(transformers, _CLASSES[model.decoder_of or model.family]), folder, **options)
     return TransformersOracle(f'transformers {transformers.__version__}', folder, model, network.train(False))
 
 

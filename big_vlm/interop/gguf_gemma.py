@@ -98,14 +98,22 @@ def write(
     In F32 all weights come back bit for bit, but for the scales of norms: of these it is the sum of 1 and the scale,
     which is what a norm computes with.
 
-    Raises UserError: a model without a decoder, one that llama.cpp would compute otherwise, a tokenizer of another
-    kind, a full disk.
+    Raises UserError: a model without a decoder, one that llama.cpp would compute otherwise, a decoder alone that was
+    trained with prompts of another form, a tokenizer of another kind, a full disk.
     """
     where, ours = model.weights.where, model.model.decoder
     if model.family in pretrained.TOWERS:
         raise UserError(
             f'{where} is a {model.family}: GGUF files are written of Gemmas, and of the decoders of PaliGemmas'
         )
+    if model.family in pretrained.DECODERS:
+        for key in pretrained.OF_PROMPTS:
+            value, needed = getattr(model.settings, key), getattr(pretrained.OF_TEXT, key)
+            if value != needed:
+                raise UserError(
+                    f'{where}: contract.{key} is {value!r}, and llama.cpp reads the prompt of a Gemma with {needed!r}: '
+                    'write an .npz instead'
+                )
     family = pretrained.decoder_family(ours.variant)
     [architecture] = [theirs for theirs, name in _FAMILIES.items() if name == family]
     said = _describe(model, architecture)

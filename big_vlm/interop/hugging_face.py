@@ -37,6 +37,11 @@ _SPELLINGS = {
         (r'(?:model\.)?language_model\.(?!model\.|lm_head)(.*)', r'language_model.model.\1'),
         (r'lm_head\.(.*)', r'language_model.lm_head.\1'),
     ),
+    # As the decoder of a 'gemma3' has them.
+    'gemma3_text': (
+        (r'language_model\.lm_head\.(.*)', r'lm_head.\1'),
+        (r'(?:model\.)?language_model\.(?:model\.)?(.*)', r'model.\1'),
+    ),
 }
 # family → (the unembedding that a file may repeat, the token table it has to equal).
 _TIED = {
@@ -44,10 +49,12 @@ _TIED = {
     'paligemma': ('language_model.lm_head.weight', 'language_model.model.embed_tokens.weight'),
 }
 _OF_NO_USE = re.compile(r'.*\.(?:position_ids|rotary_emb\.inv_freq)')  # buffers of old releases
+_OF_IMAGES = re.compile(r'(?:model\.)?(?:vision_tower|multi_modal_projector)\..*')
 
 
 def read(folder: pathlib.Path) -> Pretrained:
-    """The model in a folder. Its weights are read when they are asked for, and those of all layers stacked.
+    """The model in a folder; of a Gemma 3 with an image tower, its decoder. Weights are read when they are asked for,
+    those of all layers stacked.
 
     Raises:
       UserError: no config.json, another family or an option of it that is not supported, weights missing, unexpected,
@@ -55,8 +62,10 @@ def read(folder: pathlib.Path) -> Pretrained:
     """
     settings = hugging_face_config.read(folder)
     family = settings.family
-    theirs = _published_names(safetensors_files.read(folder), family)
-    theirs = _without_tied(theirs, family)
+    theirs = safetensors_files.read(folder)
+    if settings.decoder_of:
+        theirs = theirs.renamed({name: name for name in theirs.shapes if not _OF_IMAGES.fullmatch(name)})
+    theirs = _without_tied(_published_names(theirs, family), family)
     ours = pretrained.expected(family, settings.model, settings.contract, settings.vocab_size)
     table = table_of(family, settings.model)
     name = _token_table(family)
@@ -71,6 +80,7 @@ def read(folder: pathlib.Path) -> Pretrained:
         settings.vocab_size,
         rows.to_ours(table, ours, theirs),
         hugging_face_tokenizer.find_tokenizer(folder),
+        settings.decoder_of,
     )
 
 

@@ -1,10 +1,9 @@
-"""What config.json and preprocessor_config.json of a Hugging Face folder say, in our words, and the other way round."""
+"""What config.json of a Hugging Face folder says, in our words, and the other way round."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -14,8 +13,8 @@ import jax.numpy as jnp
 from big_vlm import config
 from big_vlm.config import UserError, unknown
 from big_vlm.data.contract import Contract
-from big_vlm.interop import hugging_face_decoder, hugging_face_tokenizer, pretrained
-from big_vlm.interop.hugging_face_keys import fixed, sizes, their_sizes
+from big_vlm.interop import hugging_face_decoder, hugging_face_processor, hugging_face_tokenizer, pretrained
+from big_vlm.interop.hugging_face_keys import fixed, read_json, sizes, their_sizes
 from big_vlm.interop.pretrained import Pretrained
 from big_vlm.models import gemma, naflex_vit, resnet, vit
 
@@ -30,18 +29,21 @@ _VISION = {
 _ENCODER_FIXED = {'hidden_act': ('gelu_pytorch_tanh',), 'layer_norm_eps': (1e-6,)}
 _NAFLEX_FIXED = {'num_patches': (naflex_vit.POSITIONS**2,)}  # of the position embedding, not of a picture
 PALIGEMMA_DECODERS = ('gemma', 'gemma2')  # those of PaliGemma 1 and 2
-_RESAMPLE = {2: 'bilinear', 3: 'bicubic'}  # Pillow's numbers
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """A folder's model: `vocab_size` rows of the `table_rows` of its token table are tokens, the others padding."""
+    """A folder's model: `vocab_size` rows of the `table_rows` of its token table are tokens, the others padding.
+
+    `decoder_of`: the model_type whose decoder alone this is, if it is a part.
+    """
 
     family: str
     model: config.Model
     contract: config.Contract
     vocab_size: int
     table_rows: int
+    decoder_of: str = ''
 
 
 def read(folder: pathlib.Path) -> Settings:
@@ -50,28 +52,18 @@ def read(folder: pathlib.Path) -> Settings:
     content = read_json(where)
     family = content.get('model_type')
     readers = dict.fromkeys(pretrained.TOWERS, _siglip) | dict.fromkeys(pretrained.DECODERS, _gemma)
-    readers |= {'paligemma': _paligemma}
+    readers |= {'paligemma': _paligemma, 'gemma3': _gemma3}
     if family not in readers:
         raise unknown('model_type', str(family), readers, str(where))
     try:
         settings = readers[family](content, where)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise UserError(f'{where}: damaged ({type(error).__name__}: {error})') from None
-    contract = settings.contract if family in pretrained.DECODERS else _pixels(folder, settings)
-    return dataclasses.replace(settings, contract=dataclasses.replace(contract, **_text(folder, family)))
-
-
-def read_json(file: pathlib.Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError for what is none."""
-    try:
-        content = json.loads(file.read_text(encoding='utf-8'))
-    except OSError as error:
-        raise UserError(f'{file}: cannot be read: {error.strerror}') from None
-    except ValueError as error:
-        raise UserError(f'{file}: damaged ({error})') from None
-    if not isinstance(content, dict):
-        raise UserError(f'{file}: damaged (no JSON object)')
-    return content
+    contract = settings.contract
+    if settings.family not in pretrained.DECODERS:
+        patch = vit.decode_variant(settings.model.image.variant)['patch_size']
+        contract = hugging_face_processor.read(folder, contract, patch)
+    return dataclasses.replace(settings, contract=dataclasses.replace(contract, **_text(folder, settings.family)))
 
 
 def _siglip(content: Mapping[str, Any], where: pathlib.Path) -> Settings:
@@ -110,7 +102,7 @@ def _paligemma(content: Mapping[str, Any], where: pathlib.Path) -> Settings:
     return Settings('paligemma', config.Model(image=image, decoder=decoder), settings, tokens, rows)
 
 
-def _gemma(content: Mapping[str, Any], where: pathlib.Path) -> Settings:
+def _gemma(content: Mapping[str, Any], where: pathlib.Path | str) -> Settings:
     family = content['model_type']
     # Under a PaliGemma it says what is always so; alone, it makes an encoder.
     fixed(content, {'use_bidirectional_attention': (False, None)}, str(where))
@@ -119,60 +111,19 @@ def _gemma(content: Mapping[str, Any], where: pathlib.Path) -> Settings:
     return Settings(family, model, pretrained.OF_TEXT, rows, rows)
 
 
+def _gemma3(content: Mapping[str, Any], where: pathlib.Path) -> Settings:
+    """The decoder of a Gemma 3 with an image tower, of 4B and above: its images stand behind the start token of the
+    prompt, and ours before it."""
+    text = {**(content.get('text_config') or {}), 'model_type': 'gemma3_text'}
+    return dataclasses.replace(_gemma(text, f'{where}: text_config'), decoder_of=content['model_type'])
+
+
 def _image_tower(vision: Mapping[str, Any], where: str, head: bool) -> tuple[config.ImageTower, int]:
     fixed(vision, _ENCODER_FIXED | {'num_channels': (3,)}, where)
     if vision.get('vision_use_head', True) != head:
         raise UserError(f'{where}: vision_use_head must be {str(head).lower()} for this family')
     patch, size = int(vision.get('patch_size', 16)), int(vision.get('image_size', 224))
     return pretrained.image_tower(patch, pool='map' if head else 'none', **sizes(vision, _VISION)), size
-
-
-def _pixels(folder: pathlib.Path, settings: Settings) -> config.Contract:
-    """The contract with what the folder's image processor does; without one, with what transformers' own does."""
-    contract, naflex = settings.contract, settings.family == 'siglip2'
-    patch = vit.decode_variant(settings.model.image.variant)['patch_size']
-    file = folder / 'preprocessor_config.json'
-    if file.is_file():
-        content = read_json(file)
-    elif (folder / 'processor_config.json').is_file():
-        file = folder / 'processor_config.json'
-        content = read_json(file).get('image_processor', {})
-    else:
-        content = {}
-    try:
-        resample = int(content.get('resample', 2 if naflex else 3))
-        scale = 255 * float(content.get('rescale_factor', 1 / 255))
-        size = {} if naflex else content.get('size') or {}
-        sizes = {int(size[key]) for key in ('height', 'width') if key in size} or {contract.image_size}
-        max_patches = int(content.get('max_num_patches', pretrained.NAFLEX_PATCHES)) if naflex else 0
-        patch_size = int(content.get('patch_size', patch)) if naflex else patch
-        means, stds = (
-            {float(x) for x in content.get(key, [0.5])} if content.get('do_normalize', True) else {default}
-            for key, default in (('image_mean', 0.0), ('image_std', 1.0))
-        )
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f'{file}: damaged ({type(error).__name__}: {error})') from None
-    fixed(content, {'do_resize': (True,), 'do_rescale': (True,)}, str(file))
-    if abs(scale - 1) > 1e-6:
-        raise UserError(f'{file}: rescale_factor {scale / 255:g}: only 1/255 is read')
-    if resample not in _RESAMPLE:
-        raise UserError(f'{file}: resample {resample}: must be 2 (bilinear) or 3 (bicubic)')
-    if sizes != {contract.image_size}:
-        raise UserError(f"{file}: size {sorted(sizes)} is not the model's image_size, {contract.image_size}")
-    if patch_size != patch:
-        raise UserError(f"{file}: patch_size {patch_size} is not the model's, {patch}")
-    if naflex and max_patches < 1:
-        raise UserError(f'{file}: max_num_patches {max_patches}: must be at least 1')
-    if len(means) > 1 or len(stds) > 1 or not min(stds):
-        raise UserError(f'{file}: image_mean {sorted(means)}, image_std {sorted(stds)}: colours must share one range')
-    [mean], [std] = means, stds
-    return dataclasses.replace(
-        contract,
-        max_patches=max_patches,
-        resample=_RESAMPLE[resample],
-        antialias=True,
-        value_range=(-mean / std, (1.0 - mean) / std),
-    )
 
 
 def _text(folder: pathlib.Path, family: str) -> dict[str, bool]:
@@ -215,9 +166,10 @@ def describe(model: Pretrained, contract: Contract | None) -> dict[str, dict[str
         text |= {'hidden_act': 'gelu_pytorch_tanh', 'layer_norm_eps': 1e-6, **ids}
         vision |= {'vision_use_head': True}
         name = model.family.capitalize()
+        processor = hugging_face_processor.describe(settings, f'{name}Processor', patch)
         content = {'architectures': [f'{name}Model'], 'model_type': model.family, **head, 'initializer_factor': 1.0}
         content |= {'text_config': text, 'vision_config': vision}
-        return {'config.json': content, 'preprocessor_config.json': _processor(settings, f'{name}Processor', patch)}
+        return {'config.json': content, 'preprocessor_config.json': processor}
     width = gemma.Gemma(**dataclasses.asdict(decoder)).sizes['width']
     text = hugging_face_decoder.describe(model, pretrained.padded(model.vocab_size))
     text |= {'num_image_tokens': tokens, **ids}
@@ -226,34 +178,12 @@ def describe(model: Pretrained, contract: Contract | None) -> dict[str, dict[str
     content |= {'image_token_index': model.vocab_size, 'vocab_size': model.vocab_size}
     content |= {'hidden_size': width, 'projection_dim': width, 'tie_word_embeddings': True}
     content |= {'text_config': text, 'vision_config': vision}
-    processor = _processor(settings, 'PaliGemmaProcessor', patch) | {'image_seq_length': tokens}
+    processor = hugging_face_processor.describe(settings, 'PaliGemmaProcessor', patch) | {'image_seq_length': tokens}
     return {'config.json': content, 'preprocessor_config.json': processor}
 
 
 def _given(tower: config.TextTower | config.ImageTower) -> dict[str, int]:
     return {key: getattr(tower, key) for key in ('width', 'depth', 'mlp_dim', 'num_heads')}
-
-
-def _processor(settings: config.Contract, name: str, patch: int) -> dict[str, Any]:
-    low, high = settings.value_range
-    [resample] = [number for number, method in _RESAMPLE.items() if method == settings.resample]
-    if settings.max_patches:
-        kind, pictures = 'Siglip2ImageProcessor', {'max_num_patches': settings.max_patches, 'patch_size': patch}
-    else:
-        size = {'height': settings.image_size, 'width': settings.image_size}
-        kind, pictures = 'SiglipImageProcessor', {'size': size}
-    return {
-        'image_processor_type': kind,
-        'processor_class': name,
-        'do_resize': True,
-        **pictures,
-        'resample': resample,
-        'do_rescale': True,
-        'rescale_factor': 1 / 255,
-        'do_normalize': True,
-        'image_mean': [-low / (high - low)] * 3,
-        'image_std': [1 / (high - low)] * 3,
-    }
 
 
 def _expressible(model: Pretrained) -> None:
@@ -283,10 +213,12 @@ def _expressible(model: Pretrained) -> None:
                 ('contract.max_patches', model.settings.max_patches, 0),
                 ('model.projector', sections.projector, 'linear'),
                 ('contract.image_alone', model.settings.image_alone, False),
-                ('contract.causal_prompt', model.settings.causal_prompt, False),
                 ('model.image.head_bias', sections.image.head_bias, True),
-                ('contract.separator', model.settings.separator, '\n'),
             ]
+        prompts = pretrained.OF_TEXT if model.family in pretrained.DECODERS else config.Contract()
+        needs += [
+            (f'contract.{key}', getattr(model.settings, key), getattr(prompts, key)) for key in pretrained.OF_PROMPTS
+        ]
         family = pretrained.decoder_family(sections.decoder.variant)
         if family == 'gemma':
             needs.append(('model.decoder.final_softcap', sections.decoder.final_softcap, 0.0))

@@ -32,6 +32,7 @@ _IMAGE_SIZES = {(14, 27 * 27): 384}
 NAFLEX_PATCHES = 256  # that SigLIP 2's NaFlex towers are used with unless told otherwise
 _CONTEXT = 8192  # tokens that Gemma 2 was trained with: a window of so many cuts nothing
 OF_TEXT = config.Contract(lower=False, text_length=_CONTEXT, separator='', causal_prompt=True)  # of a decoder alone
+OF_PROMPTS = ('causal_prompt', 'separator')  # what other projects' code takes for granted, a family at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Pretrained:
       vocab_size: rows of the token table.
       weights: under our names: 'img/…', 'txt/…', 'llm/…', 't', 'b'.
       tokenizer: what came with it: a SentencePiece file, a tokenizer, a function that makes one, or None.
+      decoder_of: the kind of model whose decoder alone was read; '': this is all of it.
     """
 
     family: str
@@ -53,6 +55,7 @@ class Pretrained:
     vocab_size: int
     weights: LazyWeights
     tokenizer: pathlib.Path | Tokenizer | Callable[[], Tokenizer | None] | None = None
+    decoder_of: str = ''
 
     @property
     def task(self) -> str:

@@ -12,12 +12,12 @@ from big_vlm.checks import doctor, faults, states
 from big_vlm.config import UserError
 
 GOLDENS = Path(__file__).parents[1] / 'goldens'
-TOKENIZERS = {'siglip': 'spiece.model', 'paligemma2': 'tokenizer.model'}
+TOKENIZERS = {'siglip': 'spiece.model', 'paligemma2': 'tokenizer.model', 'gemma': 'tokenizer.model'}
 
 
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
-    """NAME.npz and the bundle NAME of it, of two goldens."""
+    """NAME.npz and the bundle NAME of it, of three goldens."""
     folder = tmp_path_factory.mktemp('made')
     for name, tokenizer in TOKENIZERS.items():
         bundle.convert(GOLDENS / name, folder / f'{name}.npz')
@@ -49,6 +49,19 @@ def test_a_planted_fault_is_named(made, tmp_path, fault):
     report = doctor.examine(tmp_path / 'bundle', made / f'{golden}.npz', prompt=PROMPT)
     assert report.first == stage
     assert [(finding.stage, [name for name, _ in finding.causes]) for finding in report.findings] == [(stage, [cause])]
+
+
+def test_punctuation_that_the_oracle_leaves_out(made, monkeypatch):
+    """As transformers does for a SigLIP 1, after it has lower-cased."""
+
+    def opened(*paths):
+        side, other = states.open_pair(*paths)
+        return side, dataclasses.replace(other, bare=True)
+
+    monkeypatch.setattr(doctor, 'open_pair', opened)
+    report = doctor.examine(made / 'siglip', made / 'siglip.npz', prompt='A  (red) three!')
+    detail = 'kept as it is written here, left out in the oracle, and spaces folded'
+    assert report.findings == (doctor.Finding('token ids', (('punctuation', detail),)),)
 
 
 def test_several_faults_are_named_one_after_the_other(made, tmp_path):
@@ -136,6 +149,8 @@ def test_errors_are_relative_to_the_oracles_largest_value():
         (GOLDENS / 'paligemma', 'paligemma2.npz', {}, 'is not a model as .*: .* missing .*post_attention_norm'),
         ('siglip.npz', 'siglip.npz', {}, 'neither .* comes with a tokenizer'),
         ('paligemma2', 'paligemma2.npz', {'prompt': 'red ' * 200}, 'the prompt takes'),
+        ('gemma', 'gemma.npz', {'image': 'a.png'}, 'is a decoder alone and sees no images: leave the image out'),
+        ('gemma', 'gemma.npz', {'prompt': 'red ' * 9000}, 'the prompt takes'),
         ('paligemma2', 'paligemma2.npz', {'answer': 'red ' * 200}, 'prompt and answer do not fit into the 128 text'),
     ],
 )

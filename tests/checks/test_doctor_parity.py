@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from doctor_faults import FAULTS, PROMPT
 
-from big_vlm import bundle, interop
+from big_vlm import bundle
 from big_vlm.checks import doctor
 from big_vlm.data.tokenizer import USER_DEFINED, Tokenizer
 from big_vlm.interop import hugging_face
+from tools import make_goldens
 
 pytest.importorskip('torch')
 pytest.importorskip('transformers')
@@ -27,13 +28,9 @@ DECODERS = ('gemma', 'gemma2', 'gemma3')
 def made(tmp_path_factory):
     """Of each golden the bundle NAME, and NAME_hf, a folder with processor and tokenizer."""
     folder = tmp_path_factory.mktemp('made')
-    for name in WHOLE:
+    for name in WHOLE + DECODERS:
         bundle.convert(GOLDENS / name, folder / name)
         bundle.convert(folder / name, folder / f'{name}_hf')
-    for name in DECODERS:
-        model = interop.read(GOLDENS / name)
-        tokenizer = model.fitted(model.own_tokenizer())
-        hugging_face.write(folder / f'{name}_hf', model, model.contract(tokenizer), tokenizer)
     return folder
 
 
@@ -50,8 +47,22 @@ def test_a_converted_bundle_computes_what_transformers_does(made, name):
 
 @pytest.mark.parametrize('name', DECODERS)
 def test_a_decoder_alone_computes_what_transformers_does(made, name):
-    report = doctor.examine(GOLDENS / name, made / f'{name}_hf', prompt='a red three in the top left')
+    report = doctor.examine(made / name, made / f'{name}_hf', prompt='a red three in the top left')
     assert report.agrees and report.errors['token ids'] == 0.0 and 'decoder layer 1' in report.errors
+
+
+def test_the_decoder_of_a_gemma_3_with_an_image_tower(tmp_path):
+    import transformers
+
+    text = transformers.Gemma3TextConfig(**make_goldens.DECODER | make_goldens.GEMMA3, vocab_size=300)
+    vision = make_goldens.VISION | dict(vision_use_head=False)
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=9)
+    model = make_goldens.randomize(transformers.Gemma3ForConditionalGeneration(config))
+    model.save_pretrained(tmp_path / 'theirs')
+    shutil.copy(GOLDENS / 'gemma3' / 'tokenizer.model', tmp_path / 'theirs')
+    bundle.convert(tmp_path / 'theirs', tmp_path / 'bundle')
+    report = doctor.examine(tmp_path / 'bundle', tmp_path / 'theirs', prompt='a red three in the top left')
+    assert report.oracle.startswith('transformers') and report.agrees and 'decoder layer 6' in report.errors
 
 
 def test_what_the_folder_has_no_files_for_is_not_compared(made):
@@ -84,6 +95,11 @@ def test_a_newline_tokenized_with_the_prompt(made, tmp_path):
     report = doctor.examine(tmp_path / 'bundle', tmp_path / 'folder', prompt='red\n')
     assert causes(report) == [('token ids', ['newline'])]
     assert report.findings[0].causes[0][1] == 'tokenized on its own here, together with the prompt in the oracle'
+
+
+def test_punctuation(made):
+    report = doctor.examine(made / 'siglip', made / 'siglip_hf', prompt='A  (red) three!')
+    assert causes(report) == [('token ids', ['punctuation'])]
 
 
 def test_siglip_2_with_gemmas_tokenizer_keeps_capitals(made, tmp_path):

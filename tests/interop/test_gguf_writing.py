@@ -10,7 +10,7 @@ import pytest
 from big_vlm import bundle, interop
 from big_vlm.config import UserError
 from big_vlm.data.tokenizer import Tokenizer
-from big_vlm.interop import gguf_files, gguf_gemma, pretrained
+from big_vlm.interop import gguf_files, gguf_gemma, hugging_face, pretrained
 from tools import convert
 
 gguf = pytest.importorskip('gguf', reason='needs the package gguf')
@@ -169,6 +169,18 @@ def test_what_llama_cpp_would_compute_otherwise(tmp_path, name, decoder, message
     with pytest.raises(UserError, match=message) as error:
         gguf_gemma.write(tmp_path / 'x.gguf', model, Tokenizer.load(GOLDENS / 'gemma' / 'tokenizer.model'))
     assert '\n' not in str(error.value) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(('field', 'value'), [('causal_prompt', False), ('separator', '\n')])
+def test_a_decoder_alone_that_was_trained_with_other_prompts(tmp_path, field, value):
+    model = golden('gemma')
+    model = dataclasses.replace(model, settings=dataclasses.replace(model.settings, **{field: value}))
+    said = re.escape(f'contract.{field} is {value!r}, and')
+    with pytest.raises(UserError, match=f'{said} llama.cpp reads the prompt of a Gemma with .*: write an .npz'):
+        write(tmp_path / 'x.gguf', model)
+    with pytest.raises(UserError, match=f'{said} transformers computes a gemma with .*: write an .npz'):
+        hugging_face.write(tmp_path / 'folder', model)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from big_vlm import config, interop
+from big_vlm import bundle, config, interop
 from big_vlm.checkpoints import trees
 from big_vlm.config import UserError
 from big_vlm.data import naflex
@@ -142,8 +142,8 @@ def test_published_configs_with_nothing_but_defaults(tmp_path):
 G2 = {'model_type': 'gemma2'}
 G3 = {'model_type': 'gemma3_text', 'hidden_size': 640, 'num_hidden_layers': 18, 'intermediate_size': 2048}
 G3 |= {'num_attention_heads': 4, 'num_key_value_heads': 1, 'sliding_window': 512}
-G3_4B = {'hidden_size': 2560, 'num_hidden_layers': 34, 'intermediate_size': 10_240, 'num_attention_heads': 8}
-G3_4B |= {'model_type': 'gemma3_text', 'num_key_value_heads': 4, 'sliding_window': 1024}
+PUBLISHED_4B = {'hidden_size': 2560, 'num_hidden_layers': 34, 'intermediate_size': 10_240, 'sliding_window': 1024}
+G3_4B = PUBLISHED_4B | {'model_type': 'gemma3_text', 'num_attention_heads': 8, 'num_key_value_heads': 4}
 SCALED = {'rope_type': 'linear', 'factor': 8.0}
 
 
@@ -156,6 +156,8 @@ SCALED = {'rope_type': 'linear', 'factor': 8.0}
         (G3 | {'rope_theta': 1e6, 'rope_local_base_freq': 1e4, 'rope_scaling': None}, 'gemma3_270m'),
         (G3 | {'sliding_window_pattern': 6}, 'gemma3_270m'),
         (G3_4B | {'rope_scaling': SCALED}, 'gemma3_4b'),
+        # As google/gemma-3-4b-pt has it, an image tower beside.
+        ({'model_type': 'gemma3', 'text_config': PUBLISHED_4B | {'rope_scaling': SCALED}}, 'gemma3_4b'),
         (G3_4B | {'rope_parameters': {'full_attention': SCALED | {'rope_theta': 1e6}}}, 'gemma3_4b'),
     ],
 )
@@ -350,6 +352,25 @@ def test_names_of_both_versions(tmp_path, name, rename):
     assert got.shapes == expected.shapes
     for name in got.shapes:
         np.testing.assert_array_equal(got.read(name), expected.read(name))
+
+
+@pytest.mark.parametrize('prefix', ['', 'model.'])  # as published, and version 5 in memory
+def test_the_decoder_of_a_gemma_3_with_an_image_tower(tmp_path, prefix):
+    at = f'{prefix}language_model.' + ('' if prefix else 'model.')
+    tower = {f'{prefix}{name}': np.zeros(2) for name in ('vision_tower.x.bias', 'multi_modal_projector.mm_weight')}
+    folder = rewritten(tmp_path, 'gemma3', lambda key: at + key.removeprefix('model.'), **tower)
+    text = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps({'model_type': 'gemma3', 'text_config': text, 'vision_config': {}}))
+    got, expected = interop.read(folder), interop.read(GOLDENS / 'gemma3')
+    assert dataclasses.replace(got, weights=None, tokenizer=None) == dataclasses.replace(
+        expected, weights=None, tokenizer=None, decoder_of='gemma3'
+    )
+    assert got.weights.shapes == expected.weights.shapes
+    for name in got.weights.shapes:
+        np.testing.assert_array_equal(got.weights.read(name), expected.weights.read(name))
+    told = []
+    bundle.convert(folder, tmp_path / 'x.npz', say=told.append)
+    assert told == [f'{tmp_path}/x.npz is the decoder of {folder}, a gemma3: its image tower is left out']
 
 
 def test_a_tied_unembedding_may_be_repeated(tmp_path):

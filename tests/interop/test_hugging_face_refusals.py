@@ -68,7 +68,7 @@ BIAS = 'vision_model.post_layernorm.bias'
         (
             'gemma',
             lambda f: change_config(f, model_type='llama'),
-            "unknown model_type 'llama'.*valid: gemma, gemma2, gemma3_text, paligemma, siglip, siglip2",
+            "unknown model_type 'llama'.*valid: gemma, gemma2, gemma3, gemma3_text, paligemma, siglip, siglip2",
         ),
         ('gemma', lambda f: change_config(f, model_type='siglip'), 'not the siglip that its config.json describes'),
         ('gemma', lambda f: change_config(f, num_hidden_layers='two'), 'damaged'),

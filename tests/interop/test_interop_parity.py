@@ -1,5 +1,6 @@
 """Against transformers itself: it loads what we write and computes the same; it still computes what the goldens say."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -113,6 +114,20 @@ def test_pixels_become_the_same(exported):
     image = np.random.default_rng(0).integers(0, 256, (14, 14, 3), np.uint8)
     got = theirs(images=[image], return_tensors='np')['pixel_values'][0]
     np.testing.assert_allclose(got.transpose(1, 2, 0), image / 127.5 - 1, atol=1e-6)
+
+
+def test_the_key_for_antialias_is_nothing_to_transformers(exported, tmp_path):
+    model = interop.read(exported / 'siglip')
+    image, made = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8), []
+    for antialias in (False, True):
+        folder = tmp_path / str(antialias)
+        hugging_face.write(
+            folder, dataclasses.replace(model, settings=dataclasses.replace(model.settings, antialias=antialias))
+        )
+        assert ('antialias' in json.loads((folder / 'preprocessor_config.json').read_text())) != antialias
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, backend='pil')
+        made.append(np.asarray(processor(images=[image], return_tensors='pt')['pixel_values']))
+    np.testing.assert_array_equal(*made)
 
 
 @pytest.mark.parametrize('seed', [1, 2])

@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 
+import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -135,6 +137,38 @@ def test_what_transformers_reads_beside_the_weights(bundles, tmp_path):
     added = json.loads((tmp_path / 'p' / 'tokenizer_config.json').read_text())['added_tokens_decoder']
     base = Tokenizer.load(tmp_path / 'p' / 'tokenizer.model').base
     assert [added[str(base + i)]['content'] for i in (0, 1024, 1152)] == ['<loc0000>', '<seg000>', '<image>']
+
+
+def test_a_model_in_use_has_float32_weights(tmp_path):
+    """Whatever its file has: opened directly, it computes the same numbers as the bundle made of it."""
+    shutil.copytree(GOLDENS / 'siglip2_naflex', tmp_path / 'half')
+    tensors = load_file(tmp_path / 'half' / 'model.safetensors')
+    tensors = {name: x.astype(ml_dtypes.bfloat16) for name, x in tensors.items()}
+    save_file(tensors, tmp_path / 'half' / 'model.safetensors')
+    assert convert.main([str(tmp_path / 'half'), str(tmp_path / 'bundle')]) == 0
+    stored, _ = bundle.open_model(tmp_path / 'bundle')
+    assert {leaf.dtype for leaf in stored.weights.shapes.values()} == {np.dtype(ml_dtypes.bfloat16)}
+    model, directly = big_vlm.load(tmp_path / 'bundle'), bundle.load_any(tmp_path / 'half')
+    assert {x.dtype for x in jax.tree.leaves(directly.params)} == {np.dtype(np.float32)}
+    assert (directly.stage.model, directly.contract) == (model.stage.model, model.contract)
+    picture = np.random.default_rng(0).integers(0, 256, (16, 40, 3), np.uint8)
+    expected = model.embed(images=picture)['image']
+    model.params = directly.params  # one compilation serves both
+    np.testing.assert_array_equal(model.embed(images=picture)['image'], expected)
+
+
+def test_resizing_without_antialias_is_told_and_comes_back(tmp_path, capsys):
+    """From big_vision through a folder of transformers, which always low-passes."""
+    assert convert.main([str(GOLDENS / 'siglip'), str(tmp_path / 'x.npz')]) == 0
+    assert convert.main([str(tmp_path / 'x.npz'), str(tmp_path / 'folder'), '--to=hugging_face']) == 0
+    told = 'its images are to be resized without antialias, and transformers resizes with it'
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        f'{tmp_path}/folder: hugging_face',
+        f'{tmp_path}/folder: {told}',
+    ]
+    for folder in ('x.npz', 'folder'):
+        settings = interop.read(tmp_path / folder).settings
+        assert (settings.resample, settings.antialias) == ('bilinear', False)
 
 
 @pytest.mark.parametrize(('how', 'used'), [('', 'bicubic'), ('bilinear', 'bilinear'), ('antialiased', 'antialiased')])

@@ -20,7 +20,7 @@ def test_help_teaches_and_imports_nothing_heavy():
     )
     result = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    for words in ('who is the oracle', "pip install -e '.[parity]'", 'image\nfeatures scaled twice', 'norm offset'):
+    for words in ('who is the oracle', "pip install -e '.[parity]'", 'image features scaled twice', 'norm offset'):
         assert words in result.stdout
 
 

@@ -192,6 +192,22 @@ def test_a_trained_bundle_answers(micro_run, tmp_path, capsys):
         assert not out and message in err and err.startswith('error: ') and err.count('\n') == 1, err
 
 
+def test_a_model_without_a_tokenizer_is_given_one(tmp_path, capsys, monkeypatch):
+    golden = ROOT / 'tests' / 'goldens' / 'gemma'
+    assert convert.main([str(golden), str(tmp_path / 'x.npz')]) == 0
+    words = [str(tmp_path / 'x.npz'), '--prompt=a']
+    capsys.readouterr()
+    assert generate.main(words) == 2
+    assert 'x.npz comes without a SentencePiece tokenizer: name its file, --tokenizer=FILE' in capsys.readouterr().err
+
+    def generate_each(model, images, prompts, **settings):
+        yield bundle.Answer(model.tokenizer.decode(model.tokenizer.encode(prompts[0])), [1], [0.0])
+
+    monkeypatch.setattr(bundle.Bundle, 'generate_each', generate_each)
+    assert generate.main([*words, f'--tokenizer={golden}/tokenizer.model']) == 0
+    assert capsys.readouterr().out == 'a\n'
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['gemma2', 'gemma3'])
 def test_a_decoder_alone_goes_on_with_a_text(tmp_path, capsys, name):

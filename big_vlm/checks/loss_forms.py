@@ -18,7 +18,7 @@ from big_vlm.sharding import mesh as meshes
 from big_vlm.training import accumulation
 
 LIMIT = 1e-5  # norm-wise relative error in float32, beside `_rounding`
-EPS = float(np.finfo(np.float32).eps)
+FLOAT32 = np.finfo(np.float32)
 # name → log of the logit scale, and bias: how SigLIP starts, and near where it ends.
 TEMPERATURES = {'new': {'t': np.log(10.0), 'b': -10.0}, 'learned': {'t': np.log(100.0), 'b': -40.0}}
 
@@ -165,15 +165,15 @@ def _errors(value: Any, grads: Mapping, expected: Any, expected_grads: Mapping, 
 def _rounding(weight, zimg, ztxt, t, b=0.0, together=False):
     """What float32 has to round away of the value and of each gradient; rows have length 1.
 
-    A logit is rounded to EPS of its largest size, scale + |bias|. So much, times the logit's weight, the gradient by it,
-    is the loss off; and so much of itself is the weight, an exponential of logits. Where gradients cancel, as of pairs
-    that are all alike, the truth may be less.
+    A logit is rounded to eps of its largest size, scale + |bias|. So much, times the logit's weight (the gradient by
+    it), is the loss off; and so much of itself is the weight, an exponential of logits. Where gradients cancel, as of
+    pairs that are all alike, the truth may be less.
 
     `together`: a softmax over positive and negatives at once rounds away so much of a positive's probability, too. That
     is nearly 1 of a learned pair, and what is left of its loss, 1 minus it, may be less.
     """
-    scale = np.exp(t)
-    off = EPS * (scale + abs(b)) * (abs(weight) + together * np.eye(len(weight)) / len(weight))
+    scale, batch = np.exp(t), len(weight)
+    off = FLOAT32.eps * (scale + abs(b)) * (abs(weight) + together * np.eye(batch) / batch) + FLOAT32.tiny
     return {
         'value': off.sum(),
         'zimg': scale * np.linalg.norm(off.sum(axis=1)),
@@ -195,13 +195,20 @@ def _sigmoid(zimg, ztxt, t, b):
 
 
 def _softmax(zimg, ztxt, t):
-    """Radford et al. 2021, figure 3, its gradients by hand, and that by the logits."""
+    """Radford et al. 2021, figure 3, its gradients by hand, and that by the logits.
+
+    The loss of a choice is log(1 + rest), the rest being how likely the others are beside the right one: of a learned
+    pair it is less than what float64 would leave of 1.
+    """
     batch, scale = len(zimg), np.exp(t)
-    logits = zimg @ ztxt.T * scale
-    logs = [logits - np.logaddexp.reduce(logits, axis=axis, keepdims=True) for axis in (0, 1)]
-    weight = (sum(map(np.exp, logs)) / 2 - np.eye(batch)) / batch
+    logits, right, loss, weight = zimg @ ztxt.T * scale, np.eye(batch), 0.0, 0.0
+    for axis in (0, 1):
+        others = np.exp(logits - np.expand_dims(np.diag(logits), axis)) * (1 - right)
+        rest = others.sum(axis=axis, keepdims=True)
+        loss += np.log1p(rest).mean() / 2
+        weight += (others - rest * right) / (1 + rest) / 2 / batch
     grads = {'zimg': scale * weight @ ztxt, 'ztxt': scale * weight.T @ zimg, 't': (weight * logits).sum()}
-    return -np.trace(sum(logs)) / 2 / batch, grads, weight
+    return loss, grads, weight
 
 
 _LOSSES = {'sigmoid': (contrastive.sigmoid_loss, _sigmoid), 'softmax': (contrastive.softmax_loss, _softmax)}

@@ -85,8 +85,9 @@ def compare(
                 del args['b']
             exact = {name: np.asarray(x, np.float64) for name, x in args.items()}
             *expected, weight = oracle(**exact)
-            # Rings keep positives apart from negatives; a sigmoid has nothing to subtract them from.
-            apart, dense = (_rounding(weight, **exact, together=loss == 'softmax' and own) for own in (False, True))
+            apart = _rounding(weight, **exact)
+            # Rings keep positives apart from negatives, and pairs of a sigmoid know nothing of each other.
+            dense = _rounding(weight, **exact, together=loss == 'softmax')
             for form, options in forms.items():
                 gradients = jax.value_and_grad(lambda args, f=function, options=options: f(**args, **options))
                 rounding = apart if options else dense

@@ -147,7 +147,7 @@ def _guess(known: dict[int, Report]) -> int | None:
 
 
 def advice(report: Report, stage: Stage, mesh: Mesh) -> str:
-    """One line about a step that does not fit: what it needs, and what to change in the config, if that is allowed."""
+    """One line about a step that does not fit: what it needs, and what to change in the config, where that is valid."""
     needs = f'{report.total / 2**30:.2f} GiB' if report.total else 'more memory'
     line = f'batch_size={report.batch_size} needs {needs} of the {report.limit / 2**30:.2f} GiB that a device has'
     changes = []
@@ -180,6 +180,7 @@ def advice(report: Report, stage: Stage, mesh: Mesh) -> str:
 
 
 def _valid(stage: Stage, **changes: Any) -> bool:
+    """Whether the config would be accepted with these settings."""
     try:
         config.parse_stage(config.to_dict(dataclasses.replace(stage, **changes)))
     except UserError:

@@ -1,9 +1,14 @@
-"""The README is checked like code: its tree, its commands, its links and its Python are held against the checkout."""
+"""The README is checked like code: its tree, its commands, its links and its Python are held against the checkout.
 
+So are the commands of the other pages, and of the tools' own help.
+"""
+
+import argparse
 import ast
 import importlib.util
 import inspect
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -32,6 +37,18 @@ def commands() -> list[str]:
     """Every shell line, comments and continuations resolved."""
     text = '\n'.join(blocks('bash')).replace('\\\n', ' ')
     return [line.split('  #')[0].strip() for line in text.splitlines() if line.strip() and line[0] != '#']
+
+
+def printed() -> list[tuple[Path, str]]:
+    """(file, command) of all `python -m …` that are ours, on lines of their own or between backticks."""
+    found = []
+    for page in [ROOT / 'README.md', *(ROOT / 'docs').glob('*.md'), *(ROOT / 'tools').rglob('*.py')]:
+        text = re.sub(r'\\+\n', ' ', page.read_text())
+        lines = re.findall(r'^ *(?:srun )?(python -m .*)$', text, flags=re.MULTILINE)
+        lines += re.findall(r'`(python -m [^`]*)`', text)
+        ours = [line for line in lines if re.match(r'python -m (tools|big_vlm)\.\w', line)]
+        found += [(page, line.partition(' && ')[0]) for line in ours]
+    return found
 
 
 def tracked() -> list[str]:
@@ -91,6 +108,29 @@ def test_starter_commands_are_understood():
         words = line.split()
         words = words[words.index('tools/start.py') + 1 :]
         assert starter().parse(words) is not None or '--help' in words, line
+
+
+def test_commands_are_understood(monkeypatch, capsys):
+    """As they are printed, by the programs themselves, which are stopped when they have parsed them."""
+
+    class Understood(Exception):
+        pass
+
+    def stop(*args, **kwargs):
+        raise Understood
+
+    parse = argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(argparse.ArgumentParser, 'parse_args', lambda self, words: stop(parse(self, words)))
+    monkeypatch.setattr(config, 'load_config', stop)  # the first that big_vlm.main does then
+    seen = set()
+    for page, line in printed():
+        _, _, name, *words = shlex.split(line, comments=True)
+        program = importlib.import_module(name + '.__main__' * (ROOT / name.replace('.', '/')).is_dir())
+        with pytest.raises(Understood):
+            program.main(words)
+            pytest.fail(f'{page}: {line}: {capsys.readouterr().err}')
+        seen.add(name)
+    assert seen >= {f'tools.{name}' for name in ('doctor', 'export', 'convert', 'preflight', 'generate', 'sweep')}
 
 
 def test_configs_and_overrides_validate():

@@ -110,12 +110,16 @@ class Slots:
         return mask is None or bool((mask[one] == mask[other]).all() and (mask[:, one] == mask[:, other]).all())
 
 
-def generative_slots(arrays: loader.Batch) -> Slots:
-    """Slots of a decoder's row. A suffix is text that is a block of its own: nothing before it sees it."""
+def generative_slots(arrays: loader.Batch, causal_prompt: bool) -> Slots:
+    """Slots of a decoder's row. A suffix is text that is a block of its own: nothing before it sees it.
+
+    Where prompts are causal, so is every token of theirs; a suffix is then what carries loss.
+    """
     text, segment, starts = (arrays[key] for key in ('text', 'segment', 'mask_ar'))
     block = np.stack([segment, np.cumsum(starts)])
     _, which, sizes = np.unique(block, axis=1, return_inverse=True, return_counts=True)
-    kind = np.where(sizes[which.reshape(-1)] == 1, 'suffix', 'prefix')
+    alone = sizes[which.reshape(-1)] == 1
+    kind = np.where(alone & (arrays['mask_loss'] > 0) if causal_prompt else alone, 'suffix', 'prefix')
     kind = np.where(segment == 0, 'padding', np.where(text < 0, 'image', kind))
     return Slots(kind, text, arrays['mask_loss'], np.asarray(_attention_mask(segment[None], starts[None]))[0])
 
@@ -153,7 +157,9 @@ class _Reader:
         if needed not in arrays:
             operation = 'tokenize' if self.generative else 'text(…)'
             raise UserError(f'a pipeline makes no {needed}, which a {self.stage.task} model takes: add {operation}')
-        return generative_slots(arrays) if self.generative else contrastive_slots(arrays, self.stage)
+        if self.generative:
+            return generative_slots(arrays, self.contract.causal_prompt)
+        return contrastive_slots(arrays, self.stage)
 
     def read(self, row: Made) -> None:
         """Counts a row."""

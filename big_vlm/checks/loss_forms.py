@@ -1,7 +1,7 @@
 """Proof that every way to compute a contrastive loss gives one result: dense, tiled, ring and accumulated.
 
 Each is compared with float64 on the same float32 embeddings, at the temperature and bias of a new model and of a
-learned one: the value, and the gradient by every embedding, by t and by b.
+learned one: the value, and the gradient by every embedding, by t and by b. What float32 has to round away is no error.
 """
 
 import zipfile
@@ -17,13 +17,18 @@ from big_vlm.ops import contrastive
 from big_vlm.sharding import mesh as meshes
 from big_vlm.training import accumulation
 
-LIMIT = 1e-5  # norm-wise relative error in float32
+LIMIT = 1e-5  # norm-wise relative error in float32, beside `_rounding`
+FLOAT32 = np.finfo(np.float32)
 # name → log of the logit scale, and bias: how SigLIP starts, and near where it ends.
 TEMPERATURES = {'new': {'t': np.log(10.0), 'b': -10.0}, 'learned': {'t': np.log(100.0), 'b': -40.0}}
 
 
 class Row(NamedTuple):
-    """One way to compute one loss. `errors`: relative, of 'value' and of the gradients 'zimg', 'ztxt', 't', 'b'."""
+    """One way to compute one loss.
+
+    `errors`: relative, of 'value' and of the gradients 'zimg', 'ztxt', 't', 'b'. Norm of the difference / (norm of the
+    truth + what float32 has to round away / LIMIT), so that LIMIT is the most that both together allow.
+    """
 
     loss: str
     temperature: str
@@ -78,14 +83,19 @@ def compare(
             }
             if loss == 'softmax':
                 del args['b']
-            expected = oracle(**{name: np.asarray(x, np.float64) for name, x in args.items()})
+            exact = {name: np.asarray(x, np.float64) for name, x in args.items()}
+            *expected, weight = oracle(**exact)
+            apart = _rounding(weight, **exact)
+            # Rings keep positives apart from negatives, and pairs of a sigmoid know nothing of each other.
+            dense = _rounding(weight, **exact, together=loss == 'softmax')
             for form, options in forms.items():
                 gradients = jax.value_and_grad(lambda args, f=function, options=options: f(**args, **options))
-                yield Row(loss, temperature, form, _errors(*jax.jit(gradients)(args), *expected))
+                rounding = apart if options else dense
+                yield Row(loss, temperature, form, _errors(*jax.jit(gradients)(args), *expected, rounding))
             (value, _), grads = jax.jit(accumulation.value_and_grad(_Embeddings(function), accumulate))(
                 args, {}, {'row': jnp.arange(batch)}, jax.random.key(0)
             )
-            yield Row(loss, temperature, 'accumulated', _errors(value, grads, *expected))
+            yield Row(loss, temperature, 'accumulated', _errors(value, grads, *expected, dense))
 
 
 def read(path: str) -> dict[str, np.ndarray]:
@@ -145,31 +155,61 @@ def _unit(x):
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
-def _errors(value: Any, grads: Mapping, expected: Any, expected_grads: Mapping) -> dict[str, float]:
+def _errors(value: Any, grads: Mapping, expected: Any, expected_grads: Mapping, rounding: Mapping) -> dict[str, float]:
     pairs = {'value': (value, expected)} | {name: (grads[name], g) for name, g in expected_grads.items()}
     return {
-        name: float(np.linalg.norm(np.asarray(x, np.float64) - y) / np.linalg.norm(y)) for name, (x, y) in pairs.items()
+        name: float(np.linalg.norm(np.asarray(x, np.float64) - y) / (np.linalg.norm(y) + rounding[name] / LIMIT))
+        for name, (x, y) in pairs.items()
+    }
+
+
+def _rounding(weight, zimg, ztxt, t, b=0.0, together=False):
+    """What float32 has to round away of the value and of each gradient; rows have length 1.
+
+    A logit is rounded to eps of its largest size, scale + |bias|. So much, times the logit's weight (the gradient by
+    it), is the loss off; and so much of itself is the weight, an exponential of logits. Where gradients cancel, as of
+    pairs that are all alike, the truth may be less.
+
+    `together`: a softmax over positive and negatives at once rounds away so much of a positive's probability, too. That
+    is nearly 1 of a learned pair, and what is left of its loss, 1 minus it, may be less.
+    """
+    scale, batch = np.exp(t), len(weight)
+    off = FLOAT32.eps * (scale + abs(b)) * (abs(weight) + together * np.eye(batch) / batch) + FLOAT32.tiny
+    return {
+        'value': off.sum(),
+        'zimg': scale * np.linalg.norm(off.sum(axis=1)),
+        'ztxt': scale * np.linalg.norm(off.sum(axis=0)),
+        't': scale * (off * abs(zimg @ ztxt.T)).sum(),
+        'b': off.sum(),
     }
 
 
 def _sigmoid(zimg, ztxt, t, b):
-    """Zhai et al. 2023, algorithm 1, and its gradients by hand."""
+    """Zhai et al. 2023, algorithm 1, its gradients by hand, and that by the logits."""
     batch, scale, cosine = len(zimg), np.exp(t), zimg @ ztxt.T
     label = 2 * np.eye(batch) - 1
     logits = label * (cosine * scale + b)
     weight = -label * np.exp(-np.logaddexp(0, logits)) / batch
     grads = {'zimg': scale * weight @ ztxt, 'ztxt': scale * weight.T @ zimg}
-    return np.logaddexp(0, -logits).sum() / batch, grads | {'t': (weight * cosine).sum() * scale, 'b': weight.sum()}
+    grads |= {'t': (weight * cosine).sum() * scale, 'b': weight.sum()}
+    return np.logaddexp(0, -logits).sum() / batch, grads, weight
 
 
 def _softmax(zimg, ztxt, t):
-    """Radford et al. 2021, figure 3, and its gradients by hand."""
+    """Radford et al. 2021, figure 3, its gradients by hand, and that by the logits.
+
+    The loss of a choice is log(1 + rest), the rest being how likely the others are beside the right one: of a learned
+    pair it is less than what float64 would leave of 1.
+    """
     batch, scale = len(zimg), np.exp(t)
-    logits = zimg @ ztxt.T * scale
-    logs = [logits - np.logaddexp.reduce(logits, axis=axis, keepdims=True) for axis in (0, 1)]
-    weight = (sum(map(np.exp, logs)) / 2 - np.eye(batch)) / batch
+    logits, right, loss, weight = zimg @ ztxt.T * scale, np.eye(batch), 0.0, 0.0
+    for axis in (0, 1):
+        others = np.exp(logits - np.expand_dims(np.diag(logits), axis)) * (1 - right)
+        rest = others.sum(axis=axis, keepdims=True)
+        loss += np.log1p(rest).mean() / 2
+        weight += (others - rest * right) / (1 + rest) / 2 / batch
     grads = {'zimg': scale * weight @ ztxt, 'ztxt': scale * weight.T @ zimg, 't': (weight * logits).sum()}
-    return -np.trace(sum(logs)) / 2 / batch, grads
+    return loss, grads, weight
 
 
 _LOSSES = {'sigmoid': (contrastive.sigmoid_loss, _sigmoid), 'softmax': (contrastive.softmax_loss, _softmax)}

@@ -1,7 +1,6 @@
 """What a training step takes of each device, as its compiler tells: no data is read, the devices may be absent."""
 
 import dataclasses
-import math
 import os
 import re
 import time
@@ -14,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from big_vlm import config, tasks
 from big_vlm.checks.collectives import Collective, collectives
-from big_vlm.config import Stage
+from big_vlm.config import Stage, UserError
 from big_vlm.data import naflex, packing, prompts, transforms
 from big_vlm.data.contract import Contract
 from big_vlm.data.coordinates import NUM_LOCATIONS, NUM_SEGMENTS
@@ -148,30 +147,45 @@ def _guess(known: dict[int, Report]) -> int | None:
 
 
 def advice(report: Report, stage: Stage, mesh: Mesh) -> str:
-    """One line about a step that does not fit: what it needs, and what to change in the config."""
+    """One line about a step that does not fit: what it needs, and what to change in the config, where that is valid."""
     needs = f'{report.total / 2**30:.2f} GiB' if report.total else 'more memory'
     line = f'batch_size={report.batch_size} needs {needs} of the {report.limit / 2**30:.2f} GiB that a device has'
     changes = []
     fsdp = mesh.size // mesh.shape['model']
     if report.constant > report.limit / 4 and mesh.shape['fsdp'] < fsdp:
-        changes.append(f'mesh.fsdp={fsdp}')
-    if report.constant > report.limit:
+        changes.append(f'mesh.fsdp={fsdp}' + (' with mesh.data=-1' if stage.mesh.data > 1 else ''))
+    if report.constant >= report.limit:
         weights = f'{report.constant / 2**30:.2f} GiB'
         return f'{line}, weights, gradients and optimizer alone {weights}: {" or ".join([*changes, "more devices"])}'
+    model = {}
     if stage.model.dtype == 'float32':
-        changes.append("model.dtype='bfloat16'")
+        model['dtype'] = 'bfloat16'
     if stage.model.remat == 'none':
-        changes.append("model.remat='full'")
+        model['remat'] = 'full'
     if stage.task == tasks.Contrastive.kind and stage.model.loss_form in ('dense', 'checkpoint'):
-        changes.append("model.loss_form='ring'")
+        model['loss_form'] = 'ring'
     if stage.task == tasks.Generative.kind and stage.model.token_loss == 'dense':
-        changes.append("model.token_loss='gathered'")
-    if report.per_device > stage.accumulate:
-        # What grows with the batch, over what is left for it.
-        over = (report.total - report.constant) / (report.limit - report.constant) if report.total else 2
-        parts = stage.accumulate * 2 ** max(1, math.ceil(math.log2(over)))
-        changes += [f'accumulate={min(parts, report.per_device)}', 'a smaller batch_size (--fit finds the largest)']
+        model['token_loss'] = 'gathered'
+    for name, value in model.items():
+        if _valid(stage, model=dataclasses.replace(stage.model, **{name: value})):
+            changes.append(f'model.{name}={value!r}')
+    # What grows with the batch, over what is left for it.
+    over = (report.total - report.constant) / (report.limit - report.constant) if report.total else 2
+    more = [n for n in accumulation.counts(mesh, report.batch_size, stage.pack.examples) if n > stage.accumulate]
+    if more and _valid(stage, accumulate=more[0]):
+        changes.append(f'accumulate={next((n for n in more if n >= over * stage.accumulate), more[-1])}')
+    if more:
+        changes.append('a smaller batch_size (--fit finds the largest)')
     return f'{line}: try {", ".join([*changes, "more devices"])}'
+
+
+def _valid(stage: Stage, **changes: Any) -> bool:
+    """Whether the config would be accepted with these settings."""
+    try:
+        config.parse_stage(config.to_dict(dataclasses.replace(stage, **changes)))
+    except UserError:
+        return False
+    return True
 
 
 def vocab_size(stage: Stage) -> int:

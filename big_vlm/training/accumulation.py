@@ -30,15 +30,20 @@ def check(mesh: Mesh, batch_size: int, count: int, packed: int = 1) -> None:
         with located(f'batch_size={batch_size} with pack.examples={packed} is one of {batch_size // packed} rows'):
             return check(mesh, batch_size // packed, count)
     meshes.check_batch(mesh, batch_size)
-    parts = meshes.data_parts(mesh)
-    if batch_size % (count * parts):
-        works = [n for n in range(1, batch_size // parts + 1) if batch_size % (n * parts) == 0]
+    works, parts = counts(mesh, batch_size), meshes.data_parts(mesh)
+    if count not in works:
         near = min(works, key=lambda n: (abs(n - count), n))
         raise UserError(
             f'accumulate={count}: micro-batches of batch_size={batch_size} / {count} do not divide over {parts} '
             f'device{"s" if parts > 1 else ""}: use accumulate={near}, or a batch_size that is a multiple of '
             f'{count * parts}'
         )
+
+
+def counts(mesh: Mesh, batch_size: int, packed: int = 1) -> list[int]:
+    """The numbers of micro-batches that `check` accepts of a batch that divides over the devices; rising."""
+    rows = batch_size // packed // meshes.data_parts(mesh)  # of a device
+    return [n for n in range(1, rows + 1) if rows % n == 0]
 
 
 def value_and_grad(task: Any, count: int) -> ValueAndGrad:

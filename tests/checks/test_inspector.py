@@ -78,9 +78,10 @@ class Spans(HTMLParser):
         ({'caption': 'prefix("caption en") | suffix("{caption}") | tokenize', 'ask': 'question | tokenize'}, {}),
         ({'talk': 'prefix("ocr") | suffix("{reading}") | also | dialogue(2) | tokenize'}, {}),
         ({'talk': 'prefix("ocr") | suffix("{reading}") | also | dialogue(2) | tokenize'}, {'image_alone': True}),
+        ({'talk': 'prefix("ocr") | suffix("{reading}") | also | dialogue(2) | tokenize'}, {'causal_prompt': True}),
         ({'ask': 'question | tokenize'}, {'max_patches': 6}),
     ],
-    ids=['plain', 'dialogue', 'image alone', 'naflex'],
+    ids=['plain', 'dialogue', 'image alone', 'causal prompt', 'naflex'],
 )
 def test_what_is_shown_is_the_batch(pipelines, contract, tokenizer, tiny_digit_scenes):
     stage = config.parse_stage(raw(tiny_digit_scenes, pipelines, text_length=64, **contract))
@@ -169,9 +170,10 @@ def test_a_good_config_passes(inspect, tmp_path):
     assert 'http' not in text and '<script' not in text
 
 
-def test_an_answer_in_its_prompt_is_refused(inspect, tmp_path):
+@pytest.mark.parametrize('causal', [False, True])
+def test_an_answer_in_its_prompt_is_refused(causal, inspect, tmp_path):
     leak = dict(prefix='caption: a red three on top', suffix='a red three on top')
-    code, error, _ = inspect([*GOOD, leak], text_length=64)
+    code, error, _ = inspect([*GOOD, leak], text_length=64, causal_prompt=causal)
     assert code == 2 and error.count('\n') == 1
     assert error.startswith("error: config.data.sources.mine: record 8: the answer 'a red three on top' stands in its")
     assert 'where it is seen without loss' in (tmp_path / 'out' / 'train.html').read_text()
@@ -208,11 +210,12 @@ def test_answers_that_are_cut(inspect, tokenizer, tmp_path):
     assert (code, error) == (0, '')
     lost = length - (TEXT - given)
     assert f'{lost} of {length} tokens cut' in (tmp_path / 'out' / 'train.html').read_text()
-    code, error, _ = inspect([short, long, short, long] + [short] * 96)
-    assert code == 2
     told = f'its answer loses {lost} of {length} tokens, and 2 of 100 answers (2.0%) are cut'
-    assert f'record 1: {told}' in error or f'record 3: {told}' in error
-    assert f'to {TEXT + lost} for all of them' in error
+    for causal in (False, True):
+        code, error, _ = inspect([short, long, short, long] + [short] * 96, causal_prompt=causal)
+        assert code == 2
+        assert f'record 1: {told}' in error or f'record 3: {told}' in error
+        assert f'to {TEXT + lost} for all of them' in error
     assert inspect([long] * 3, text_length=TEXT + lost)[0] == 0
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from big_vlm.checks import loss_forms
+from big_vlm.ops import contrastive
 from tools import check_loss
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -40,11 +41,26 @@ def test_help_teaches_and_imports_nothing_heavy():
     assert 'python -m tools.check_loss --devices=8' in result.stdout and 'relative error' in result.stdout
 
 
-def test_disagreement_is_exit_code_one(monkeypatch, capsys):
-    rows = [loss_forms.Row('sigmoid', 'new', 'ring', {'value': 1e-7, 't': float('nan')})]
-    monkeypatch.setattr(loss_forms, 'compare', lambda *arguments: iter(rows))
+@pytest.mark.parametrize(
+    ('wrong', 'advice'),
+    [
+        (['ring'], "set model.loss_form='dense' for now"),
+        (['ring', 'accumulated'], "set model.loss_form='dense' and accumulate=1 for now"),
+        (['dense', 'accumulated'], "set model.loss_form='ring' and accumulate=1 for now"),
+        (['dense', 'ring'], 'no form is right on these devices: train on others'),
+    ],
+)
+def test_disagreement_is_exit_code_one(wrong, advice, monkeypatch, capsys):
+    """Only what agreed is advised."""
+    rows = [
+        loss_forms.Row('sigmoid', 'new', form, {'value': 1e-7, 't': float('nan') if form in wrong else 1e-7})
+        for form in ('dense', 'tiled', 'ring', 'accumulated')
+    ]
+    right = loss_forms.Row('softmax', 'new', 'dense', {'value': 1e-7})
+    monkeypatch.setattr(loss_forms, 'compare', lambda *arguments: iter([*rows, right]))
     assert check_loss.main([]) == 1
-    assert 'WRONG, beyond 1e-05: sigmoid ring t\n' in capsys.readouterr().out
+    named = ', '.join(f'sigmoid {form} t' for form in wrong)
+    assert capsys.readouterr().out.endswith(f'WRONG, beyond 1e-05: {named}\nsigmoid: {advice}\n')
 
 
 def test_bad_input_is_one_line(capsys):
@@ -75,3 +91,36 @@ def test_embeddings_of_ones_own(change, line, tmp_path, capsys):
     assert check_loss.main([f'--embeddings={tmp_path}/mine.npz']) == 2
     error = capsys.readouterr().err
     assert error.startswith('error: ') and line in error and error.count('\n') == 1
+
+
+def save_pairs(path, kind):
+    """Sixteen pairs, 'learned' so well that little of the loss is left, or 'alike': all at one point."""
+    rng = np.random.default_rng(0)
+    zimg, noise = rng.normal(size=(2, 16, 8))
+    if kind == 'alike':
+        zimg, noise = np.tile(zimg[:1], (16, 1)), 0
+    z = {'zimg': zimg, 'ztxt': zimg + 0.1 * noise}
+    np.savez(path, **{name: x / np.linalg.norm(x, axis=1, keepdims=True) for name, x in z.items()})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['learned', 'alike'])
+def test_good_embeddings_pass(kind, tmp_path, capsys):
+    save_pairs(tmp_path / 'mine.npz', kind)
+    code = check_loss.main([f'--embeddings={tmp_path}/mine.npz'])
+    said = capsys.readouterr().out
+    assert code == 0 and said.endswith('all agree within 1e-05\n'), said
+    assert said.startswith('16 pairs of width 8 on 8 cpu devices')
+
+
+@pytest.mark.slow
+def test_a_wrong_loss_of_learned_embeddings_is_caught(tmp_path, capsys, monkeypatch):
+    def wrong(zimg, ztxt, t, **options):
+        return contrastive.softmax_loss(zimg, ztxt, t, **options) * (1.001 if options.get('form') == 'ring' else 1)
+
+    monkeypatch.setattr(loss_forms, '_LOSSES', {'softmax': (wrong, loss_forms._softmax)})
+    save_pairs(tmp_path / 'mine.npz', 'learned')
+    assert check_loss.main([f'--embeddings={tmp_path}/mine.npz']) == 1
+    named = ', '.join(f'softmax {form} {name}' for form in ('tiled', 'ring') for name in ('value', 'zimg', 'ztxt', 't'))
+    said = capsys.readouterr().out
+    assert said.endswith(f"WRONG, beyond 1e-05: {named}\nsoftmax: set model.loss_form='dense' for now\n"), said

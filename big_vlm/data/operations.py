@@ -1,7 +1,7 @@
 """The operations of the pipeline language. Each changes an example in place: `operation(example, context, …)`.
 
 What they raise decides what happens: a UserError is a wrong pipeline and stops the run; anything else is a bad example,
-which training replaces, evaluation leaves out, and both count and name.
+which training replaces and evaluation leaves out; both count it and name the first ones.
 
     decode            the picture's bytes → uint8 RGB; several pictures, a list of them, → a list
     frames            of a video instead: some frames, as far apart as can be

@@ -2,7 +2,7 @@
 
 Names are the column `label`, or `color` and `digit`; boxes are `bbox`, y1 x1 y2 x2 in parts of the picture. Masks are a
 column `mask` of pictures as large as the picture, where whatever is not black is the object, or one picture `instances`
-whose value n, a palette's index, is object n, from 1; `decoded_masks` makes arrays of them.
+whose value n (of a palette, its index) is object n, from 1; `decoded_masks` makes arrays of them.
 """
 
 from typing import Any

@@ -90,7 +90,7 @@ def test_rows_of_several_images(folder, tokenizer):
     assert of_film(three, context)['image_mask'].tolist() == [True, True]
     with pytest.raises(ValueError, match=r'3 pictures, and contract\.images is 2'):
         of_list(three, context)
-    with pytest.raises(UserError, match='resize_small takes one picture, and this example has 2'):
+    with pytest.raises(ValueError, match='resize_small takes one picture, and this example has 2'):
         transforms.parse('decode | resize_small(8)', where='')(two, context)
     with pytest.raises(UserError, match=r'a: frames\(3\), but contract\.images is 2: raise it'):
         transforms.parse(f'frames(3) | {READ}', where='').check_size(context.contract, 'a')

@@ -78,10 +78,10 @@ def run(argv: list[str]) -> None:
         for which in chosen:
             with config.located(f'config.{name}.evals.{which}'):
                 scores[which] = evaluator(which, model.params)
+            workdirs.write_scores(out, scores)  # what a later one that fails would lose
             if which in earlier:
                 _report(generation.read_predictions(out / f'predictions_{which}.jsonl'), earlier[which])
         if args.out:
-            workdirs.write_scores(out, scores)
             print(f'{out}: {", ".join(sorted(path.name for path in out.iterdir()))}')
 
 

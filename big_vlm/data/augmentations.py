@@ -166,7 +166,7 @@ def _scale(example, context, size, side, method, operation):
 
 def _must_hold(height: int, width: int, size: int) -> None:
     if size > min(height, width):
-        raise UserError(f'a crop of {size} from {height}×{width} pixels: write resize_small({size}) first, or more')
+        raise ValueError(f'a crop of {size} from {height}×{width} pixels: write resize_small({size}) first, or more')
 
 
 def _crop(example: Example, top: int, left: int, height: int, width: int) -> None:

@@ -28,11 +28,11 @@ def get(example: Example, name: str) -> Any:
 
 
 def picture(example: Example, operation: str) -> np.ndarray:
-    """The decoded picture, uint8 [H,W,3]. Raises UserError, for an operation that comes before `decode`, or that takes
-    one picture and is given several."""
+    """The decoded picture, uint8 [H,W,3]. Raises UserError for an operation that comes before `decode`, ValueError for
+    several pictures where it takes one."""
     value = get(example, 'image')
     if isinstance(value, list) and all(isinstance(one, np.ndarray) for one in value):
-        raise UserError(f'{operation} takes one picture, and this example has {len(value)}: resize them first')
+        raise ValueError(f'{operation} takes one picture, and this example has {len(value)}: resize them first')
     if not isinstance(value, np.ndarray):
         raise UserError(f'{operation} before decode: write decode | {operation}(…)')
     return value
@@ -47,14 +47,14 @@ def column(example: Example, name: str) -> Sequence[Any]:
 
 
 def text(example: Example, name: str) -> str:
-    """A field as words. Raises ValueError for null and for bytes that are no UTF-8, UserError for several items."""
+    """A field as words. Raises ValueError for null, for bytes that are no UTF-8 and for several items."""
     value = column(example, name)
     if value is None:
         raise ValueError(f'{name} is null')
     if isinstance(value, bytes):
         return value.decode()
     if isinstance(value, (list, tuple, dict)) or np.ndim(value):
-        raise UserError(f'{name} has several items, and a text is one: first("{name}", "one"), or choice, or join')
+        raise ValueError(f'{name} has several items, and a text is one: first("{name}", "one"), or choice, or join')
     return str(value)
 
 

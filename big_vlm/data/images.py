@@ -20,6 +20,7 @@ ImageLike = bytes | str | os.PathLike | paths.Remote | Image.Image | np.ndarray
 MAX_PIXELS = 89_478_485  # Pillow's own limit; a larger picture is refused before it is decoded
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM')  # of Pillow's: others run other programs
 _PILLOW = {'bilinear': Image.Resampling.BILINEAR, 'bicubic': Image.Resampling.BICUBIC}
+_GREYS = ('1', 'L', 'I', 'I;16', 'I;16L', 'I;16B', 'F')  # modes of one channel
 _PNG_START = b'\x89PNG\r\n\x1a\n'
 _PNG_END = b'IEND\xaeB`\x82'
 _JPEG_END = b'\xff\xd9'
@@ -45,21 +46,44 @@ def decode(image: ImageLike, least: int = 0) -> np.ndarray:
         pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR_RGB)
         if pixels is not None:
             return pixels
+    with _opened(image) as opened:
+        if _is_plain_jpeg(opened, image):
+            # The same pixels as Pillow's, both are libjpeg-turbo's, in two thirds of the time.
+            flags = cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_COLOR_RGB | _reduced(min(opened.size), least)
+            pixels = cv2.imdecode(np.frombuffer(image, np.uint8), flags)
+            if pixels is not None:
+                return pixels
+        return _from_pillow(opened)
+
+
+def levels(image: bytes | paths.AnyPath | np.ndarray, indices: bool = False) -> np.ndarray:
+    """[H,W], the number at each pixel as it is stored: for masks, where 16-bit grey must not become 8-bit.
+
+    Of several channels the highest number. Of a palette that of the colour, or with `indices` the index. Raises as
+    `decode`.
+    """
+    if isinstance(image, np.ndarray):
+        return image if image.ndim == 2 else _from_array(image).max(axis=-1)
+    with _opened(image if isinstance(image, bytes) else paths.read(image)) as opened:
+        check_size(opened)
+        turned = ImageOps.exif_transpose(opened)
+        as_stored = turned.mode in (*_GREYS, 'P') if indices else turned.mode in _GREYS
+        pixels = np.asarray(turned if as_stored else turned.convert('RGB'))
+        return pixels if pixels.ndim == 2 else pixels.max(axis=-1)
+
+
+@contextlib.contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """A picture of one of FORMATS; whatever goes wrong inside is a ValueError."""
     try:
-        with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
-            if _is_plain_jpeg(opened, image):
-                # The same pixels as Pillow's, both are libjpeg-turbo's, in two thirds of the time.
-                flags = cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_COLOR_RGB | _reduced(min(opened.size), least)
-                pixels = cv2.imdecode(np.frombuffer(image, np.uint8), flags)
-                if pixels is not None:
-                    return pixels
-            return _from_pillow(opened)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+            yield opened
     except UnidentifiedImageError:
-        raise ValueError(f'not an image in any known format ({len(image)} bytes; {", ".join(FORMATS)})') from None
+        raise ValueError(f'not an image in any known format ({len(data)} bytes; {", ".join(FORMATS)})') from None
     except ValueError:
         raise
     except Exception as error:  # Pillow's plugins raise nearly anything on a broken file
-        raise ValueError(f'cannot decode the image ({len(image)} bytes): {error}') from error
+        raise ValueError(f'cannot decode the image ({len(data)} bytes): {error}') from error
 
 
 def check_size(image: Image.Image) -> None:

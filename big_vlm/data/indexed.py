@@ -1,6 +1,8 @@
 """What data in plain files share: records that are found once, one split of them or a part, random access to each."""
 
 import abc
+import contextlib
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,7 +13,7 @@ from big_vlm.config import UserError
 from big_vlm.data.paths import AnyPath
 
 SPLIT = 'train'  # what the one split of plain files is called
-_TRIED = 100  # records, to find one that can be read
+_TRIED = 100  # records, to find one that can be read, and the fields that records have
 
 
 class BadRecord(ValueError):
@@ -25,14 +27,13 @@ class Indexed(abc.ABC):
     """
 
     name: str
-    features: tuple[str, ...]  # fields of the first record that can be read
 
     def _choose(self, name: str, count: int, split: str, splits: Iterable[str] = (SPLIT,)) -> None:
         """`split`, in TFDS's language, of `count` records in all: 'train', 'train[:90%]', 'train[:9]+train[20:]'."""
         self.name = f'{name}:{split}'
         self.rows = part(count, split, self.name, splits)
         self._subsets: dict = {}
-        self.features = tuple(self._first_good())
+        self._check_readable()
 
     @abc.abstractmethod
     def _read(self, rows: Sequence[int]) -> list[dict]:
@@ -60,10 +61,20 @@ class Indexed(abc.ABC):
     def __repr__(self) -> str:
         return f'{type(self).__name__}({self.name!r}, {len(self)} records)'
 
-    def _first_good(self) -> dict:
+    @functools.cached_property
+    def features(self) -> tuple[str, ...]:
+        """The fields of the first hundred records, any of which may lack some."""
+        found: dict[str, Any] = {}
+        for index in range(min(_TRIED, len(self))):
+            with contextlib.suppress(BadRecord, OSError, UserError):
+                found |= self[index]
+        return tuple(found)
+
+    def _check_readable(self) -> None:
         for index in range(min(_TRIED, len(self))):
             try:
-                return self[index]
+                self[index]
+                return
             except (BadRecord, OSError) as error:
                 last = error
         raise UserError(f'{self.name}: none of the first {min(_TRIED, len(self))} records can be read: {last}')

@@ -21,6 +21,7 @@ from big_vlm import config
 from big_vlm.config import UserError
 from big_vlm.data import sources, transforms
 from big_vlm.data.contract import Contract
+from big_vlm.data.failures import NAMED, Failures, is_for_all
 from big_vlm.data.packing import Packer
 from big_vlm.data.tokenizer import Tokenizer
 
@@ -29,11 +30,9 @@ _log = logging.getLogger(__name__)
 # What becomes part of a batch, if the pipeline makes it.
 ARRAYS = ('image', 'image_mask', 'text', 'text_mask', 'segment', 'position', 'mask_ar', 'mask_loss')
 ARRAYS += ('patches', 'patch_mask', 'patch_grid', 'grounded', 'grounded_mask', 'global_view', 'local_views', 'mask')
-_FAILURE_SHARE = 0.1  # of a source's examples
-_JUDGED_AFTER = 200  # examples of a source, before its share of failures means anything
-_ATTEMPTS = 100
+_JUDGED_AFTER = 200  # examples of a source, a tenth of which may fail at once
+_ATTEMPTS = 100  # records, to fill one row
 _COUNTED = ('examples', 'replaced')
-_NAMED = 5  # failures, and cut answers, per source that the log names
 
 Batch = dict[str, np.ndarray]
 
@@ -46,8 +45,7 @@ class _Part:
     source: Any
     pipeline: transforms.Pipeline
     weight: float
-    tried: int = 0
-    failed: int = 0
+    failures: Failures
     cut: int = 0
 
 
@@ -82,7 +80,8 @@ def open_sources(data: config.Data) -> list[_Part]:
         with config.located(f'data.sources.{name}'):
             source = sources.subset(sources.load(settings.dataset, settings.split, data.data_dir), settings.where)
         if settings.weight > 0:
-            parts.append(_Part(name, source, pipeline, settings.weight))
+            failures = Failures(f'data.sources.{name}', 'replaced', _JUDGED_AFTER)
+            parts.append(_Part(name, source, pipeline, settings.weight, failures))
     if not parts:
         raise UserError('data.sources: every weight is 0')
     return parts
@@ -94,18 +93,26 @@ def num_examples(data: config.Data) -> int:
 
 
 def training_texts(data: config.Data, lower: bool = True, records: int = 4000) -> Iterator[str]:
-    """What the pipelines make of the sources' text, to train a tokenizer on: of each up to `records`, evenly spaced."""
+    """What the pipelines make of the sources' text, to train a tokenizer on: of each up to `records`, evenly spaced.
+
+    Raises UserError for a source all of whose records fail.
+    """
     for part in open_sources(data):
+        good, failure = 0, None
         for index in range(0, len(part.source), max(len(part.source) // records, 1)):
             record = None
             try:
                 record = part.source[index]
                 texts = list(part.pipeline.texts(record))
             except Exception as error:
-                if _is_for_all(error, record, part):
+                if is_for_all(error, record, part.source):
                     raise UserError(f'data.sources.{part.name}: {error}') from error
+                failure = error
                 continue  # training counts it and names it
+            good += 1
             yield from (text.lower() if lower else text for text in texts)
+        if not good:
+            raise UserError(f'data.sources.{part.name}: no record has text for a tokenizer, the last one: {failure}')
 
 
 def train_batches(
@@ -229,22 +236,23 @@ class _LoadBatch:
         replacements, failures = None, []
         for attempt in range(_ATTEMPTS):
             context = transforms.Context(self.contract, self.tokenizer, train=True, seed=(self.seed, position, attempt))
+            origin = part.source.original(index)
             try:
                 record = part.source[index] if record is None else record
                 example = part.pipeline(record, context)
                 made = arrays(example)
-                self._count(part, index, None)
+                with self._lock:
+                    part.failures.good()
             except Exception as error:
-                if _is_for_all(error, record, part):
-                    which = part.source.original(index)
-                    raise UserError(f'data.sources.{part.name}: {error} (record {which})') from error
-                self._count(part, index, error)
-                failures.append((part.source.original(index), error))
+                if is_for_all(error, record, part.source):
+                    raise UserError(f'data.sources.{part.name}: {error} (record {origin})') from error
+                with self._lock:
+                    part.failures.bad(origin, error)
+                failures.append((origin, error))
                 if replacements is None:
                     replacements = np.random.default_rng((self.seed, position))
                 index, record = int(replacements.integers(len(part.source))), None
                 continue
-            origin = part.source.original(index)
             made['id'] = np.array([number, origin], np.int32)
             made['replaced'] = np.array(attempt > 0)
             if 'mask_loss' in made:
@@ -254,23 +262,6 @@ class _LoadBatch:
             f'data.sources.{part.name}: {_ATTEMPTS} records in a row failed, the last one with: {failures[-1][1]}'
         )
 
-    def _count(self, part: _Part, index: int, error: Exception | None) -> None:
-        record = part.source.original(index)
-        with self._lock:
-            part.tried += 1
-            if error is None:
-                return
-            part.failed += 1
-            tried, failed = part.tried, part.failed
-        if failed <= _NAMED:
-            more = ' (further ones are only counted)' if failed == _NAMED else ''
-            _log.warning('data.sources.%s: record %d replaced: %s%s', part.name, record, error, more)
-        if tried >= _JUDGED_AFTER and failed > _FAILURE_SHARE * tried:
-            raise UserError(
-                f'data.sources.{part.name}: {failed} of {tried} examples failed, the last one, record {record}, with: '
-                f'{error}; check the pipeline and the data'
-            )
-
     def _count_cut(self, part: _Part, index: int, example: Batch) -> bool:
         """Whether an example's answer did not fit into its row: such a one does not end."""
         if (example['text'][example['mask_loss'] > 0] == self.contract.eos_id).any():
@@ -278,8 +269,8 @@ class _LoadBatch:
         with self._lock:
             part.cut += 1
             cut = part.cut
-        if cut <= _NAMED:
-            more = ' (further ones are only counted)' if cut == _NAMED else ''
+        if cut <= NAMED:
+            more = ' (further ones are only counted)' if cut == NAMED else ''
             record, slots = part.source.original(index), self.contract.text_length
             _log.warning(
                 'data.sources.%s: record %d: its answer does not fit into %d text slots and is cut: raise '
@@ -292,11 +283,6 @@ class _LoadBatch:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
-
-
-def _is_for_all(error: Exception, record: dict | None, part: _Part) -> bool:
-    """A wrong pipeline is wrong for every record; of one that lacks a field of the others, the record is."""
-    return isinstance(error, UserError) and (record is None or record.keys() >= {*part.source.features})
 
 
 def arrays(example: dict) -> Batch:

@@ -2,7 +2,7 @@
 
 Names are the column `label`, or `color` and `digit`; boxes are `bbox`, y1 x1 y2 x2 in parts of the picture. Masks are a
 column `mask` of pictures as large as the picture, where whatever is not black is the object, or one picture `instances`
-whose value n is object n, from 1; `decoded_masks` makes arrays of them.
+whose value n (of a palette, its index) is object n, from 1; `decoded_masks` makes arrays of them.
 """
 
 from typing import Any
@@ -46,19 +46,19 @@ def segments(example: Example, operation: str) -> tuple[list[str], np.ndarray, n
 
 
 def decoded_masks(example: Example) -> np.ndarray:
-    """bool [N,H,W], one for each box. Raises ValueError for another number of them, or several sizes."""
+    """bool [N,H,W], one for each box. Raises ValueError for none, another number of them, or several sizes."""
     objects = fields.get(example, 'objects')
     count = len(objects['bbox'])
     if 'mask' in objects:
         # A text is no picture: only a source says which file is one.
         if any(isinstance(mask, str) for mask in objects['mask']):
             raise ValueError('objects/mask holds texts, and no pictures')
-        masks = [images.decode(mask).any(axis=-1) for mask in objects['mask']]
+        masks = [images.levels(mask) > 0 for mask in objects['mask']]
     elif 'instances' in example:
-        numbers = images.decode(example['instances'])[..., 0]
+        numbers = images.levels(example['instances'], indices=True)
         masks = [numbers == i + 1 for i in range(count)]
     else:
-        raise UserError('masks: the records have neither objects/mask nor instances')
+        raise ValueError('masks: the record has neither objects/mask nor instances')
     if len(masks) != count:
         raise ValueError(f'{len(masks)} masks for {count} boxes')
     if len(sizes := sorted({mask.shape for mask in masks})) > 1:

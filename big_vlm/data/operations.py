@@ -1,7 +1,7 @@
 """The operations of the pipeline language. Each changes an example in place: `operation(example, context, …)`.
 
 What they raise decides what happens: a UserError is a wrong pipeline and stops the run; anything else is a bad example,
-which training replaces and counts, and which evaluation reports by name.
+which training replaces and evaluation leaves out; both count it and name the first ones.
 
     decode            the picture's bytes → uint8 RGB; several pictures, a list of them, → a list
     frames            of a video instead: some frames, as far apart as can be
@@ -246,7 +246,7 @@ def _ask(example: Example, context: 'Context', turns: int, kinds: Sequence[str])
     present = list(dict.fromkeys(asked['kind']))
     for kind in kinds:
         if kind not in present and kind not in scene_language.KINDS:
-            raise unknown('question kind', kind, {*present, *scene_language.KINDS})
+            raise ValueError(unknown('question kind', kind, {*present, *scene_language.KINDS}))
     left = {
         kind: [i for i, k in enumerate(asked['kind']) if k == kind] for kind in present if not kinds or kind in kinds
     }
@@ -319,9 +319,7 @@ def tokenize(example: Example, context: 'Context') -> None:
         more = [tuple(map(encode, turn)) for turn in more]
         row = prompts.generative_row(encode(prefix), answer, context.contract, more)
     except prompts.TooLong as error:
-        if context.train:
-            raise ValueError(str(error)) from error
-        raise
+        raise ValueError(str(error)) from error
     if count := context.contract.max_patches:
         if 'patches' not in example:
             raise UserError(f'tokenize before naflex: write naflex({count}) first')

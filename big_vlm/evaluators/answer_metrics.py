@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from big_vlm.metrics import boxes, captions, detection, edit_distance, masks, me
 Predictions, Truths = Sequence[str], Sequence[Sequence[str]]  # N answers; for each, one or several true ones
 Kinds = Sequence[Hashable] | None
 MASKS = 'mask_iou'  # the metric that needs codes
+_BOX = re.compile(r'\s*(?:<loc\d{4}>){4}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,10 +173,10 @@ def _mask_iou(prediction: str, truth: str, codes: mask_codes.MaskCodes) -> float
 
 
 def _run_lengths(text: str) -> np.ndarray | None:
-    """The mask bool [H,W] behind a box."""
-    found = coordinates.first_mask(text)
+    """The mask bool [H,W] behind a box, also one so thin that both its edges have one token."""
+    box = _BOX.match(text)
     try:
-        return found and run_lengths.from_text(found[2].strip())
+        return box and run_lengths.from_text(text[box.end() :])
     except ValueError:
         return None
 

@@ -61,12 +61,12 @@ def predict(
 
 
 def truth_of(record: dict, name: str) -> str | list[str]:
-    """The true answer in a field, or several in a column of texts. Raises UserError where there is none."""
+    """The true answer in a field, or several in a column of texts. Raises ValueError for a record that has none."""
     value = scores_lib.field(record, name)
     if not isinstance(value, list | tuple | np.ndarray | None):
         return str(value)
     if value is None or not len(value):
-        raise UserError(f'field {name!r} has no true answer for {record.get("id", record.get("prefix"))!r}')
+        raise ValueError(f'field {name!r} has no true answer for {record.get("id", record.get("prefix"))!r}')
     return [one.decode() if isinstance(one, bytes) else str(one) for one in value]
 
 

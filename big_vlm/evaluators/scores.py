@@ -5,8 +5,8 @@
 `score` is that of `n` examples; 95 of 100 other samples of as many would score between `low` and `high` (bootstrap,
 percentiles, seeded); `chance` is what a model that sees no image (or guesses) would get for the same examples. Where an
 interval takes too long, or chance means nothing, they are not there. Names of slices read 'accuracy/held_out=True':
-the metric, then field=value. Where less is better, as of an error,
-the entry says so: 'lower_is_better': True.
+the metric, then field=value. Where less is better, as of an error, the entry says so: 'lower_is_better': True. Where
+records could not be read, and so are in no score, 'unreadable' says how many, in the entries that are of no slice.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -102,6 +102,14 @@ def sliced(
             indices = np.array([i for i, other in enumerate(values) if other == value])
             scores[f'{name}/{key}={value}'] = measure(indices)
     return scores
+
+
+def with_unreadable(title: str, scores: Scores, count: int) -> Scores:
+    """The scores with `unreadable`, how many records are in none of them because they failed. Prints it too."""
+    if not count:
+        return scores
+    print(f'{title}  {count} record{"s" if count > 1 else ""} left out: unreadable', flush=True)
+    return {name: entry if '=' in name else entry | {'unreadable': count} for name, entry in scores.items()}
 
 
 def print_scores(title: str, scores: Scores) -> None:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from big_vlm.config import Eval, Stage, UserError, located
 from big_vlm.data import eval_loader, prompts, sources, transforms
 from big_vlm.data.contract import Contract
+from big_vlm.data.failures import Failures
 from big_vlm.data.tokenizer import Tokenizer
 from big_vlm.decoding import choices as tries
 from big_vlm.decoding import constraints
@@ -30,7 +31,7 @@ from big_vlm.evaluators import (
     retrieval,
     zero_shot,
 )
-from big_vlm.evaluators.scores import Scores, field
+from big_vlm.evaluators.scores import Scores, field, with_unreadable
 from big_vlm.metrics.text import exact_match
 from big_vlm.sharding import mesh as meshes
 from big_vlm.tasks import Task
@@ -57,13 +58,19 @@ class Evaluator:
         self.stage, self.task, self.contract, self.tokenizer, self.mesh = stage, task, contract, tokenizer, mesh
         self.predictions = predictions
         self._compiled: dict[Any, Any] = {}
+        self._failures: list[Failures] = []  # of the sources that were read
 
     def __call__(self, name: str, params: Any) -> Scores:
         """Scores of `stage.evals[name]`; prints each beside its chance level.
 
-        Every process of a run calls this and gets the same scores.
+        Every process of a run calls this and gets the same scores. Records that cannot be read are in none of them,
+        and counted; UserError if those are more than a tenth.
         """
-        settings = self.stage.evals[name]
+        self._failures.clear()
+        scores = self._run(name, self.stage.evals[name], params)
+        return with_unreadable(name, scores, sum(failures.failed for failures in self._failures))
+
+    def _run(self, name: str, settings: Eval, params: Any) -> Scores:
         with jax.set_mesh(self.mesh):
             if settings.kind == 'zero_shot':
                 return zero_shot.run(
@@ -88,7 +95,7 @@ class Evaluator:
             if settings.kind == 'linear_probe':
                 return linear_probe.run(
                     lambda batch: self._embed('embed_image', params, batch),
-                    self.batches(dataclasses.replace(settings, split=settings.fit_split), examples=0),
+                    self.batches(dataclasses.replace(settings, split=settings.fit_split, examples=0)),
                     self.batches(settings),
                     settings.label,
                     settings.shots,
@@ -128,21 +135,13 @@ class Evaluator:
         """Makes the first batch of every evaluation: what could not be evaluated is refused before it is trained.
 
         Raises UserError, with `where`, the stage's dotted key: a field that the records do not have, or with several
-        values where one is meant, too few true answers for a metric, a prompt that does not fit, a record that cannot
-        be read.
+        values where one is meant, too few true answers for a metric, a first hundred of records of which none is good.
         """
         for name, settings in self.stage.evals.items():
-            truths = {
-                'generative': ('prefix', settings.answers or 'suffix'),
-                'contrastive': (settings.label,),
-                'mask_autoencoder': (),
-            }[NEEDS[settings.kind]]
             splits = (settings.split, *((settings.fit_split,) if settings.fit_split else ()))
             with located(f'{where}.evals.{name}'):
                 for part in (dataclasses.replace(settings, split=split) for split in splits):
                     for record in next(self.allowed(part), ({}, []))[1]:
-                        for key in truths:
-                            field(record, key)
                         classes = (settings.label,) if settings.kind in ('zero_shot', 'linear_probe') else ()
                         for key in (*classes, *settings.slices):
                             _check_one(key, field(record, key))
@@ -152,10 +151,13 @@ class Evaluator:
     def batches(
         self, settings: Eval, examples: int | None = None
     ) -> Iterator[tuple[dict[str, np.ndarray], list[dict]]]:
-        """(batch, records) of an evaluation; every process gets all of them."""
+        """(batch, records) of an evaluation, `examples` of it if given; every process gets all of them."""
         source = sources.subset(
             sources.load(settings.dataset, settings.split, self.stage.data.data_dir), settings.where
         )
+        total = len(source)
+        failures = Failures(source.name, 'left out', min(settings.examples or total, total))
+        self._failures.append(failures)
         yield from eval_loader.eval_batches(
             source,
             transforms.parse(settings.pipeline, where='pipeline'),
@@ -163,6 +165,8 @@ class Evaluator:
             self.tokenizer,
             self._batch_size(settings.batch_size),
             settings.examples if examples is None else examples,
+            check=lambda record: _check_fields(settings, record),
+            failures=failures,
         )
 
     def allowed(self, settings: Eval) -> Iterator[tuple[dict[str, np.ndarray], list[dict]]]:
@@ -303,6 +307,19 @@ def _on_host(x: jax.Array) -> np.ndarray:
     if x.is_fully_addressable:
         return np.asarray(x)
     return multihost_utils.process_allgather(x, tiled=True)
+
+
+def _check_fields(settings: Eval, record: dict) -> None:
+    """Refuses a record without a truth, or without another field that the evaluation takes."""
+    truths = {
+        'generative': ('prefix', settings.answers or 'suffix'),
+        'contrastive': (settings.label,),
+        'mask_autoencoder': (),
+    }[NEEDS[settings.kind]]
+    for key in truths:
+        generation.truth_of(record, key)
+    for key in (*settings.slices, *((settings.choices_field,) if settings.choices_field else ())):
+        field(record, key)
 
 
 def _check_one(name: str, value: Any) -> None:

@@ -49,12 +49,16 @@ class Interrupted(Exception):
 
 
 def total_steps(stage: Stage, examples_per_epoch: int | None = None, where: str = 'config') -> int:
-    """The stage's length. Raises UserError, also where it rounds to nothing."""
+    """The stage's length. Raises UserError, also where it rounds to nothing, or ends before the steps to be traced."""
     total = schedules.steps(
         stage.total, batch_size=stage.batch_size, examples_per_epoch=examples_per_epoch, where=f'{where}.total'
     )
     if total < 1:
         raise UserError(f'{where}.total: less than one step')
+    if stage.profile[0] > total:
+        raise UserError(
+            f'{where}.profile: step {stage.profile[0]} is behind the last one, {total}: trace earlier steps'
+        )
     return total
 
 

@@ -96,11 +96,14 @@ def _picture(batch: dict[str, np.ndarray], i: int) -> np.ndarray:
 
 
 def _similarity(model: Bundle, stage: Stage) -> report.Similarity | None:
-    """Of the first evaluation that has captions, one pair per caption."""
+    """Of the first evaluation that has captions, one pair per caption; of several of one image the first counts."""
     settings = next((e for e in stage.evals.values() if e.kind == 'retrieval'), None)
     if settings is None:
         return None
-    pairs = {record[settings.label]: image for image, record in reversed(_examples(model, stage, settings, 2 * _PAIRS))}
+    pairs: dict[str, np.ndarray] = {}
+    for image, record in _examples(model, stage, settings, 2 * _PAIRS):
+        text = generation.truth_of(record, settings.label)
+        pairs.setdefault(text if isinstance(text, str) else text[0], image)
     captions, images = list(pairs)[:_PAIRS], list(pairs.values())[:_PAIRS]
     z = model.embed(images=images, texts=captions)
     return report.Similarity(z['image'] @ z['text'].T, images, captions)

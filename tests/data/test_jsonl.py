@@ -147,3 +147,25 @@ def test_batches(folder, caplog):
     data = config.Data(sources={'walls': wrong}, data_dir=str(folder))
     with pytest.raises(UserError, match="data.sources.walls: unknown field 'title'"):
         loader.train_batches(data, contract, tokenizer, 4, seed=0)[0]
+
+
+def test_a_first_line_that_lacks_a_field(folder):
+    """It is a bad example; what no line has is a mistake of the pipeline."""
+    good = [json.dumps({'image': f'walls/{name}.png', 'caption': f'a {name} wall'}) for name in NAMES]
+    path = write(folder, '{"image": "walls/red.png"}', *good)
+    data = config.Data(sources={'walls': config.Source(dataset=path, pipeline=PIPELINE)})
+    texts = list(loader.training_texts(data))
+    assert texts == [f'a {name} wall' for name in NAMES]
+    tokenizer = Tokenizer.train(texts, 400, folder / 't.model')
+    contract = Contract.make(config.Contract(image_size=32, text_length=16), tokenizer)
+    batch = loader.train_batches(data, contract, tokenizer, 5, seed=0)[0]
+    assert batch['replaced'].sum() == 1 and 0 not in batch['id'][:, 1]
+    # Where no line has all fields, none tells that it is the pipeline: then all of them do.
+    path = write(folder, '{"image": "walls/red.png", "note": 1}', '{"image": "walls/red.png", "remark": 1}')
+    data = config.Data(sources={'walls': config.Source(dataset=path, pipeline=PIPELINE)})
+    with pytest.raises(
+        UserError, match="walls: no record has text for a tokenizer, the last one: unknown field 'caption'"
+    ):
+        list(loader.training_texts(data))
+    with pytest.raises(UserError, match="walls: 21 of 21 examples failed, .* unknown field 'caption'"):
+        loader.train_batches(data, contract, tokenizer, 2, seed=0)[0]

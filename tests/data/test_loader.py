@@ -10,8 +10,9 @@ import tensorflow_datasets as tfds
 
 from big_vlm import config
 from big_vlm.config import UserError
-from big_vlm.data import eval_loader, images, loader, sources, transforms
+from big_vlm.data import eval_loader, fields, images, loader, sources, transforms
 from big_vlm.data.contract import Contract
+from big_vlm.data.failures import Failures
 from big_vlm.data.tokenizer import Tokenizer
 
 CAPTIONS = "decode | resize(32) | prefix('caption en') | suffix('{caption}') | tokenize"
@@ -243,10 +244,16 @@ def test_a_source_that_mostly_fails_stops_the_run(tiny_digit_scenes, tokenizer, 
             next(iterator)
 
 
-def test_a_source_that_wholly_fails_stops_at_once(tiny_digit_scenes, tokenizer, contract, damage):
+def test_a_source_that_wholly_fails_stops_at_once(tiny_digit_scenes, tokenizer, contract, damage, monkeypatch):
     damage(range(96))
     ds = loader.train_batches(one(tiny_digit_scenes), contract, tokenizer, 4, seed=0)
-    with pytest.raises(UserError, match='100 records in a row failed, the last one with: cannot decode the image'):
+    with pytest.raises(
+        UserError, match='21 of 21 examples failed, the last one, record .*, with: cannot decode the image'
+    ):
+        ds[0]
+    monkeypatch.setattr(loader, '_ATTEMPTS', 5)  # as where a disk goes away after many examples
+    ds = loader.train_batches(one(tiny_digit_scenes), contract, tokenizer, 4, seed=0)
+    with pytest.raises(UserError, match='5 records in a row failed, the last one with: cannot decode the image'):
         ds[0]
 
 
@@ -256,6 +263,11 @@ def test_a_source_that_wholly_fails_stops_at_once(tiny_digit_scenes, tokenizer, 
         ("decode | text('captoin')", r"data.sources.only: unknown field 'captoin'.*did you mean 'caption'"),
         ("prefix('a')", 'the pipeline makes no arrays'),
         ("decode | resize(16) | text('caption')", 'contract.image_size is 32'),
+        (
+            "decode | central_crop(64) | text('caption')",
+            r'\d+ of \d+ examples failed, .* a crop of 64 from 48×48 pixels',
+        ),
+        ("decode | resize(32) | text('questions/answer')", r'\d+ of \d+ examples failed, .* has several items'),
     ],
 )
 def test_a_wrong_pipeline_is_an_error_not_a_bad_example(tiny_digit_scenes, tokenizer, contract, pipeline, message):
@@ -334,25 +346,46 @@ def test_evaluation_repeats_and_a_subset_asks_the_same_questions(tiny_digit_scen
         assert all(source[i]['num_digits'] == 1 for i in batch['id'][batch['_mask'], 1])
 
 
-def test_evaluation_shards_and_limits(tiny_digit_scenes, tokenizer, contract):
-    _, whole = evaluation(tiny_digit_scenes, contract, tokenizer, batch_size=8, examples=18)
-    _, left = evaluation(tiny_digit_scenes, contract, tokenizer, batch_size=8, examples=18, shard=(0, 2))
-    _, right = evaluation(tiny_digit_scenes, contract, tokenizer, batch_size=8, examples=18, shard=(1, 2))
-    assert [len(part) for part in (whole, left, right)] == [3, 3, 3]
-    for (batch, records), (a, first), (b, second) in zip(whole, left, right, strict=True):
-        assert [r['id'] for r in records] == [r['id'] for r in first + second]
-        joined = {key: np.concatenate([a[key], b[key]]) for key in a}
-        assert np.array_equal(joined['_mask'], batch['_mask'])
-        for key, value in joined.items():
-            assert np.array_equal(value[joined['_mask']], batch[key][batch['_mask']])
-    assert whole[2][0]['_mask'].sum() == 2 and right[2][0]['_mask'].sum() == 0 and right[2][1] == []
+def test_evaluation_of_the_first_examples(tiny_digit_scenes, tokenizer, contract):
+    source, batches = evaluation(tiny_digit_scenes, contract, tokenizer, batch_size=8, examples=18)
+    assert [record['id'] for _, records in batches for record in records] == [source[i]['id'] for i in range(18)]
+    assert [batch['_mask'].sum() for batch, _ in batches] == [8, 8, 2]
 
 
-def test_evaluation_names_a_bad_example(tiny_digit_scenes, tokenizer, contract):
-    source = Damaged(sources.load('digit_scenes/cells_tiny', 'test', tiny_digit_scenes), [9])
+def test_evaluation_leaves_bad_examples_out(tiny_digit_scenes, tokenizer, contract, caplog):
+    """Also a whole batch of them: the others stay in their batches, and a tenth of the split is too much."""
+    source = sources.load('digit_scenes/cells_tiny', 'test', tiny_digit_scenes)
     pipeline = transforms.parse("decode | resize(32) | text('caption')", where='')
-    with pytest.raises(UserError, match='damaged: record 9 failed in evaluation: cannot decode the image'):
-        list(eval_loader.eval_batches(source, pipeline, contract, tokenizer, 8))
+
+    def batches(broken, **options):
+        return eval_loader.eval_batches(Damaged(source, broken), pipeline, contract, tokenizer, 2, **options)
+
+    failures = Failures('split', 'left out', 32)
+    with caplog.at_level(logging.WARNING):
+        made = list(batches([8, 9, 21], failures=failures))
+    assert (failures.tried, failures.failed) == (32, 3)
+    for index in (8, 9, 21):
+        assert f'split: record {index} left out: cannot decode the image' in caplog.text
+    expected = [pair for i, pair in enumerate(batches([])) if i != 4]
+    assert [batch['_mask'].sum() for batch, _ in made] == [1 if i == 9 else 2 for i in range(15)]
+    for i, ((batch, records), (whole, all_records)) in enumerate(zip(made, expected, strict=True)):
+        assert [r['id'] for r in records] == [r['id'] for r in (all_records[:1] if i == 9 else all_records)]
+        np.testing.assert_array_equal(batch['id'][0], whole['id'][0])
+        np.testing.assert_array_equal(batch['image'][1], whole['image'][0 if i == 9 else 1])
+    with pytest.raises(
+        UserError, match='^damaged: 4 of 13 examples failed, the last one, record 12, with: cannot decod'
+    ):
+        list(batches(range(9, 13)))
+    with pytest.raises(UserError, match=r"^damaged: unknown field 'captoin'.* \(record 0\)"):
+        list(batches([], check=lambda record: fields.get(record, 'captoin')))
+
+
+def test_of_the_first_hundred_examples_one_is_good():
+    failures = Failures('split', 'left out', 50_000)
+    for record in range(99):
+        failures.bad(record, ValueError('too small'))
+    with pytest.raises(UserError, match='split: 100 of 100 examples failed, the last one, record 99, with: too small'):
+        failures.bad(99, ValueError('too small'))
 
 
 def test_any_dataset_prepared_as_array_record(tmp_path, tokenizer, contract):

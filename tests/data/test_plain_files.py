@@ -132,6 +132,8 @@ def test_bad_members_are_bad_records(tmp_path):
         with pytest.raises(BadRecord, match=f'a.tar: {"abcd"[i]}'):
             source[i]
     assert source[4]['caption'] == 'fine' and source.features == ('key', 'caption')
+    members = [('a.png', picture(1)), ('b.png', picture(2)), ('b.txt', b'fine')]  # the first example has no text
+    assert sources.load(f'tar:{tar(tmp_path / "b.tar", members)}', 'train').features == ('key', 'image', 'caption')
 
 
 def test_a_json_member_replaces_no_other(tmp_path):

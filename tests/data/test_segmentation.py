@@ -127,7 +127,7 @@ def test_the_mask_of_an_object_and_of_a_shape():
 def test_mistakes(codes):
     with pytest.raises(UserError, match=r'segment before masks: write decode \| masks'):
         run(f'segment({codes!r})', scene())
-    with pytest.raises(UserError, match='neither objects/mask nor instances'):
+    with pytest.raises(ValueError, match='neither objects/mask nor instances'):
         run('masks', {'objects': {'bbox': [[0, 0, 1, 1]], 'label': ['a']}})
     record = scene()
     record['objects']['mask'] = record['objects']['mask'][:1]
@@ -142,6 +142,22 @@ def test_mistakes(codes):
     record['objects']['mask'] = [np.zeros((8, 8), np.uint8)] * 2
     with pytest.raises(ValueError, match='nothing to segment'):
         run(f'masks | segment({codes!r})', record)
+
+
+def test_masks_are_read_as_they_are_stored():
+    """Sixteen bits, whose low values are not black; a palette, whose colours are no numbers but may be black."""
+    numbers = np.array([[0, 1, 2], [2, 300, 0]], np.uint16)
+    palette = Image.new('P', (3, 2))
+    palette.putdata([0, 1, 2, 2, 3, 0])
+    palette.putpalette([9, 9, 9, 0, 0, 0, 200, 0, 0, 200, 0, 0])
+    boxes = {'bbox': [[0, 0, 1, 1]] * 2, 'label': ['a', 'b']}
+    for picture, seen in ((Image.fromarray(numbers), numbers > 0), (palette, numbers != 1)):
+        data = io.BytesIO()
+        picture.save(data, 'PNG')
+        made = run('masks', {'objects': boxes, 'instances': data.getvalue()})
+        np.testing.assert_array_equal(made['objects']['mask'], [numbers == 1, numbers == 2])
+        made = run('masks', {'objects': boxes | {'mask': [data.getvalue()] * 2}})
+        np.testing.assert_array_equal(made['objects']['mask'], [seen] * 2)
 
 
 def test_masks_of_a_jsonl_file(tmp_path):

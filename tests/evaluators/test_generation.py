@@ -104,7 +104,7 @@ def test_several_true_answers(tmp_path):
     assert scores['bleu1']['score'] == pytest.approx(0.5)
     first = generation.read_predictions(path)[0]
     assert first['truth'] == answers and first['score']['exact_match'] == 1.0
-    with pytest.raises(UserError, match="no true answer for 'colour"):
+    with pytest.raises(ValueError, match="no true answer for 'colour"):
         generation.predict(
             lambda batch: ['a'], [(batch, [{'prefix': 'colour?', 'truths': []}])], [], truth_field='truths'
         )

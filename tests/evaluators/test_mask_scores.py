@@ -41,6 +41,10 @@ def test_mask_iou(codes):
     found = metric.measure(answers, [[truth(true)]] * 5)
     assert 0.1 < expected < 0.9
     np.testing.assert_allclose(found, [expected, 0, 0, 0, 0], rtol=1e-12)
+    # A true object thinner than a location: both its edges have one token.
+    thin = truth(true, (0.5, 0.2, 0.5004, 0.8))
+    assert thin[:9] == thin[18:27]
+    np.testing.assert_allclose(metric.measure(answers[:1], [[thin]]), [expected], rtol=1e-12)
     several = [truth(~pasted), truth(pasted)]
     np.testing.assert_allclose(metric.measure(answers[:1], [several]), [1.0])
     # Who never looks says what is true of another picture.

@@ -6,8 +6,9 @@ import pathlib
 import pytest
 
 from big_vlm import bundle
-from big_vlm.config import load_config, validate
+from big_vlm.config import UserError, load_config, validate
 from big_vlm.evaluators import generation
+from big_vlm.training import evaluation
 from tools import evaluate
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'goldens' / 'paligemma'
@@ -76,6 +77,17 @@ def test_a_bundle_answers_the_same(scored, config, tmp_path, capsys):
     tokenizer = f'--tokenizer={GOLDEN / "tokenizer.model"}'
     assert evaluate.main([str(tmp_path / 'bundle'), f'--config={config}', tokenizer]) == 2
     assert 'brings its own' in capsys.readouterr().err
+
+
+def test_an_evaluation_that_fails_loses_no_other(config, tmp_path, monkeypatch):
+    def score(evaluator, name, params):
+        if name == 'say':
+            raise UserError('too much of it cannot be read')
+        return {'exact_match': {'score': 1.0, 'n': 6}}
+
+    monkeypatch.setattr(evaluation.Evaluator, '__call__', score)
+    assert evaluate.main([str(GOLDEN), f'--config={config}', f'--out={tmp_path}']) == 2
+    assert json.loads((tmp_path / 'evals.json').read_text()) == {'ask': {'exact_match': {'score': 1.0, 'n': 6}}}
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from PIL import Image
 
 from big_vlm import bundle, config
 from big_vlm.config import UserError
-from big_vlm.data import coordinates
+from big_vlm.data import coordinates, transforms
 from big_vlm.evaluators import calibration as confidence
 from big_vlm.metrics import calibration
 from big_vlm.reports import report, sections
@@ -69,6 +69,26 @@ def test_answers_out_of_a_set(evaluate, model):
     ask = model.generate(list(images), [r['prefix'] for r in records], choices=micro_config.COLORS, max_new_tokens=8)
     assert said == [answer.text for answer in ask] and set(said) <= set(micro_config.COLORS)
     assert scores['exact_match']['n'] == 12
+
+
+def test_an_example_that_fails_is_in_no_score(evaluate, monkeypatch):
+    """Of either split; the answers to the others are what they were."""
+    _, before = predictions(evaluate, 'chosen')
+    bad = [record['id'] for _, record in examples(evaluate, 'chosen')][2]
+    make = transforms.Pipeline.__call__
+
+    def failing(pipeline, record, context):
+        if record['id'] == bad:
+            raise ValueError('cut short')
+        return make(pipeline, record, context)
+
+    monkeypatch.setattr(transforms.Pipeline, '__call__', failing)
+    scores, said = predictions(evaluate, 'chosen')
+    assert said == before[:2] + before[3:]
+    confident, captions = (evaluate[1](name) for name in ('calibrated', 'captions'))
+    found = (scores['exact_match'], confident['accuracy'], captions['perplexity'])
+    assert [(entry['n'], entry['unreadable']) for entry in found] == [(11, 1), (12, 1), (10, 1)]
+    assert all('unreadable' not in entry for name, entry in captions.items() if '=' in name)
 
 
 @pytest.mark.slow

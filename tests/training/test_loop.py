@@ -260,6 +260,9 @@ def test_mistakes(tmp_path, mesh):
 
 def test_total_steps():
     assert loop.total_steps(stage(total={'epochs': 2}), examples_per_epoch=100) == 13
+    assert loop.total_steps(stage(9, profile=(9, 12))) == 9
+    with pytest.raises(UserError, match=r'^config\.profile: step 10 is behind the last one, 9: trace earlier steps'):
+        loop.total_steps(stage(9, profile=(10, 12)))
     with pytest.raises(UserError, match='less than one step'):
         loop.total_steps(stage(total={'epochs': 1}), examples_per_epoch=0)
 

@@ -1,6 +1,7 @@
 """What goes wrong on the way: a run that breaks off, a picture that cannot be read."""
 
 import logging
+from types import SimpleNamespace
 
 import jax
 import micro_config
@@ -14,7 +15,7 @@ from big_vlm.config import UserError
 from big_vlm.data import loader, sources
 from big_vlm.reports.writers import read_csv
 from big_vlm.sharding import mesh as meshes
-from big_vlm.training import stages, tokenizers
+from big_vlm.training import evaluation, stages, tokenizers
 
 BAD = (3, 17, 40, 66)
 
@@ -92,10 +93,25 @@ def test_training_replaces_and_counts_it(damaged, tiny_digit_scenes, tmp_path, c
         assert f'data.sources.captions: record {index} replaced' in caplog.text
 
 
-def test_evaluation_names_it(damaged, tiny_digit_scenes, tmp_path):
+def test_evaluation_leaves_it_out(damaged, tiny_digit_scenes, tmp_path, caplog, capsys):
+    """Named, and counted beside the scores of the others. Embeddings are a few numbers of what there is."""
+    shared = {**micro_config.SCENES, 'pipeline': 'decode | resize(32) | first("objects/color", "color")'}
     evals = {
-        'pairs': {**micro_config.SCENES, 'kind': 'retrieval', 'pipeline': 'decode | resize(32)', 'label': 'caption'}
+        'pairs': {**shared, 'kind': 'retrieval', 'label': 'caption'},
+        'probe': {**shared, 'kind': 'linear_probe', 'label': 'color', 'fit_split': 'train', 'shots': 9},
     }
     stage, tokenizer = prepare(tiny_digit_scenes, tmp_path, evals=evals)
-    with pytest.raises(UserError, match=r'config\.evals\.pairs: .*validation: record 3 failed in evaluation'):
+    with caplog.at_level(logging.WARNING):
         stages.rehearse(stage, tokenizer, 'config')
+    assert 'validation: record 3 left out: cannot decode' in caplog.text
+    embed = {
+        f'embed_{kind}': lambda params, batch, kind=kind: batch[kind].reshape(8, -1)[:, :9] * params
+        for kind in ('image', 'text')
+    }
+    contract, mesh = stages.make_contract(stage, tokenizer), meshes.make_mesh(devices=jax.devices()[:1])
+    evaluator = evaluation.Evaluator(stage, SimpleNamespace(predict=embed), contract, tokenizer, mesh)
+    pairs, probe = evaluator('pairs', 1.0), evaluator('probe', 1.0)
+    assert [entry['unreadable'] for entry in pairs.values()] == [2] * len(pairs)
+    assert probe['accuracy']['n'] == 30 and probe['accuracy']['unreadable'] == len(BAD) + 2
+    said = capsys.readouterr().out
+    assert 'pairs  2 records left out: unreadable\n' in said and 'probe  6 records left out: unreadable\n' in said

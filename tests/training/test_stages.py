@@ -241,6 +241,9 @@ def test_the_report_reads_the_stages_of_today(another, tiny_digit_scenes):
     today = runs.validated(tiny_digit_scenes)['pretrain']
     [(image, record)] = run_report._examples(bundle, today, today.evals['retrieval'], 1)
     assert image.shape == (32, 32, 3) and record['caption']
+    today.evals['retrieval'] = dataclasses.replace(today.evals['retrieval'], label='questions/question')
+    shown = run_report._similarity(bundle, today)
+    assert shown.captions[0] == record['questions']['question'][0] and len(shown.images) == len({*shown.captions})
 
 
 def test_the_draft_knows_every_parameter(micro_run, tiny_digit_scenes):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from big_vlm.config import UserError
+from big_vlm.config import UserError, say
 from big_vlm.metrics import bootstrap
 
 Scores = dict[str, dict[str, float | int]]
@@ -110,4 +110,4 @@ def print_scores(title: str, scores: Scores) -> None:
     for name, entry in scores.items():
         interval = f' [{entry["low"]:.4f}, {entry["high"]:.4f}]' if 'low' in entry else ''
         chance = f'chance {entry["chance"]:.4f}, ' if 'chance' in entry else ''
-        print(f'{title}  {name:<{width}}  {entry["score"]:.4f}{interval}  ({chance}n={entry["n"]})', flush=True)
+        say(f'{title}  {name:<{width}}  {entry["score"]:.4f}{interval}  ({chance}n={entry["n"]})')

@@ -34,6 +34,7 @@ from big_vlm.evaluators.scores import Scores, field
 from big_vlm.metrics.text import exact_match
 from big_vlm.sharding import mesh as meshes
 from big_vlm.tasks import Task
+from big_vlm.training import signals
 from big_vlm.training.evaluation_settings import NEEDS, TAKEN_BY
 
 
@@ -58,10 +59,11 @@ class Evaluator:
         self.predictions = predictions
         self._compiled: dict[Any, Any] = {}
 
-    def __call__(self, name: str, params: Any) -> Scores:
+    def __call__(self, name: str, params: Any, must: bool = True) -> Scores:
         """Scores of `stage.evals[name]`; prints each beside its chance level.
 
-        Every process of a run calls this and gets the same scores.
+        Every process of a run calls this and gets the same scores. With `must=False` the answers beside them that the
+        disk refuses are no error. Raises signals.Stopped between two batches, once the run is asked to stop.
         """
         settings = self.stage.evals[name]
         with jax.set_mesh(self.mesh):
@@ -111,6 +113,7 @@ class Evaluator:
                     self.allowed(dataclasses.replace(settings, split=settings.fit_split)),
                     self.allowed(settings),
                     path=folder and folder / f'calibration_{name}.json',
+                    must=must,
                     title=name,
                 )
             say = self._generate(settings, params)
@@ -121,6 +124,7 @@ class Evaluator:
                 truth_field=settings.answers or 'suffix',
                 slices=settings.slices,
                 predictions_path=folder and folder / f'predictions_{name}.jsonl',
+                must=must,
                 title=name,
             )
 
@@ -156,14 +160,16 @@ class Evaluator:
         source = sources.subset(
             sources.load(settings.dataset, settings.split, self.stage.data.data_dir), settings.where
         )
-        yield from eval_loader.eval_batches(
+        for batch in eval_loader.eval_batches(
             source,
             transforms.parse(settings.pipeline, where='pipeline'),
             self.contract,
             self.tokenizer,
             self._batch_size(settings.batch_size),
             settings.examples if examples is None else examples,
-        )
+        ):
+            signals.check()
+            yield batch
 
     def allowed(self, settings: Eval) -> Iterator[tuple[dict[str, np.ndarray], list[dict]]]:
         """`batches`, with the answers that each row may give (`decoding.choices`), where the settings restrict them."""

@@ -1,6 +1,8 @@
 """What goes wrong on the way: a run that breaks off, a picture that cannot be read."""
 
+import itertools
 import logging
+import re
 
 import jax
 import micro_config
@@ -78,6 +80,31 @@ def test_a_run_that_breaks_off_goes_on_bit_for_bit(tiny_digit_scenes, tmp_path, 
     assert sorted(one) == sorted(other)
     for path in one:
         np.testing.assert_array_equal(one[path], other[path], err_msg=path)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_a_while(tiny_digit_scenes, tmp_path, monkeypatch, file_limit, capsys):
+    """From the sixth batch to the ninth nothing can be written: no checkpoint, no row, no score, no event."""
+    draw, number = loader.Batches.__next__, itertools.count(1)
+
+    def filling(self):
+        n = next(number)
+        file_limit(0 if 6 <= n < 10 else -1)
+        return draw(self)
+
+    monkeypatch.setattr(loader.Batches, '__next__', filling)
+    scored = dict(
+        micro_config.SCENES, kind='retrieval', pipeline='decode | resize(32)', label='caption', examples=16, every=4
+    )
+    table = train(tiny_digit_scenes, tmp_path, evals={'pairs': scored})
+    assert [step for step, _ in table['loss']] == list(range(1, 13))
+    assert [step for step, _ in table['pairs/image_to_text/R@1']] == [4, 8, 12]
+    last = table['pairs/image_to_text/R@1'][-1][1]
+    assert runs.scores(tmp_path, 'train')['pairs']['image_to_text/R@1']['score'] == last
+    assert (tmp_path / 'train' / 'bundle' / 'bundle.json').is_file()
+    told = capsys.readouterr().err
+    for what in ('metrics.csv', 'evals.json', 'checkpoint'):
+        assert re.search(rf'{what}.* not written: .*The run goes on', told), told
 
 
 @pytest.mark.slow

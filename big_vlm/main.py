@@ -4,24 +4,29 @@
     python -m big_vlm.main --config=configs/digits.py:seed=1 --workdir=runs/digits --config.pretrain.optimizer.lr=3e-4
 
 The same command again skips finished stages and goes on where a stage stopped. Wrong input ends with one line and exit
-code 2; SIGTERM or Ctrl-C saves a checkpoint first and ends with exit code 75.
+code 2; SIGTERM or Ctrl-C saves a checkpoint first and ends with exit code 75, as does SIGTERM where nothing has to be
+saved.
 """
 
 import argparse
+import contextlib
 import ctypes
 import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
-from big_vlm.config import UserError, unknown
+from big_vlm.config import UserError, say, unknown
 
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # malloc.h, M_…
 CTRL_C = 130  # 128 + SIGINT, as shells have it
 _GONE = re.compile('Gloo|UNAVAILABLE|heartbeat|Connection (reset|closed)').search  # in the text of an error
 _SILENCE = 30  # seconds without a sign of life after which a process counts as gone
 INTERRUPTED = 75  # sysexits.h EX_TEMPFAIL: schedulers start the same command again
+_STOPPED = 'big_vlm: stopped; the same command goes on from the newest checkpoint'
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,7 +52,13 @@ def _flags(argv: Sequence[str]) -> argparse.Namespace:
         metavar='VALUE',
         help='override one key, as in --config.pretrain.optimizer.lr=1e-3',
     )
-    parser.add_argument('--workdir', required=True, metavar='DIR', help='where everything is written; made if absent')
+    parser.add_argument(
+        '--workdir',
+        required=True,
+        type=os.path.expanduser,
+        metavar='DIR',
+        help='where everything is written; made if absent',
+    )
     parser.add_argument('--check', action='store_true', help='validate the config, say what would run, and end')
     parser.add_argument(
         '--distributed', action='store_true', help='several processes: join them first (jax.distributed.initialize)'
@@ -82,6 +93,8 @@ def run(argv: Sequence[str]) -> None:
                 f'--distributed: jax finds no job of several processes here ({error}): start one as the files in '
                 'tools/launch/ do, or leave the flag out'
             ) from error
+        if jax.process_count() == 1:  # With several, jax now hears SIGTERM, and the next step or evaluation heeds it.
+            _hear_sigterm()
     from big_vlm.sharding import mesh as meshes
     from big_vlm.training import run_report, workdirs
     from big_vlm.training import stages as stages_lib
@@ -133,16 +146,44 @@ def end_if_alone(error: Exception) -> None:
         os._exit(INTERRUPTED)
 
 
+def _hear_sigterm() -> Any:
+    """Has SIGTERM end the process at once; the training loop, which saves, hears it itself. Returns what was before."""
+
+    def end(number: int, frame: object) -> None:
+        with contextlib.suppress(OSError):
+            os.write(2, f'{_STOPPED}\n'.encode())
+        os._exit(INTERRUPTED)
+
+    return signal.signal(signal.SIGTERM, end)
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = _hear_sigterm()
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 2 for wrong input, 75 if stopped with everything saved, 130 on Ctrl-C elsewhere."""
     try:
-        run(sys.argv[1:] if argv is None else argv)
+        with _sigterm():
+            run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         print(f'big_vlm: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # Outside the training loop, which saves first and ends with 75.
-        print('big_vlm: stopped; the same command goes on from the newest checkpoint', file=sys.stderr)
+        print(_STOPPED, file=sys.stderr)
         return CTRL_C
+    except OSError as error:  # a full disk, a folder of somebody else
+        where = f'{error.filename}: ' if error.filename else ''
+        say(f'big_vlm: {where}{error.strerror or error}; the same command goes on once that is mended', sys.stderr)
+        return 2
     except Exception as error:
         from big_vlm.training.loop import Interrupted
 

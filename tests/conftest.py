@@ -4,6 +4,7 @@ import fcntl
 import getpass
 import os
 import pathlib
+import resource
 import sys
 import tempfile
 
@@ -40,6 +41,14 @@ def tiny_digit_scenes(tmp_path_factory) -> str:
     for layout in ('cells_tiny', 'free_tiny'):
         sources.load(f'digit_scenes/{layout}', 'train', str(folder))
     return str(folder)
+
+
+@pytest.fixture
+def file_limit():
+    """Sets how many bytes a file of this process may have, -1: any number. What is more is cut, as by a full disk."""
+    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (before if size < 0 else size, most))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
 
 
 @pytest.fixture

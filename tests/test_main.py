@@ -1,6 +1,10 @@
 """The command line: one line for every mistake, and a run that can be stopped."""
 
 import os
+import signal
+import sys
+import time
+from unittest import mock
 
 import jax
 import micro_run as runs
@@ -9,7 +13,7 @@ import pytest
 
 from big_vlm import checkpoints
 from big_vlm import config as config_lib
-from big_vlm.main import CTRL_C, main
+from big_vlm.main import CTRL_C, INTERRUPTED, main
 
 
 @pytest.fixture
@@ -134,6 +138,28 @@ def test_ctrl_c_outside_the_loop_is_one_line(call, monkeypatch):
     monkeypatch.setattr(config_lib, 'validate', ask)
     code, lines = call()
     assert code == CTRL_C and len(lines) == 1 and 'the same command goes on' in lines[0]
+
+
+def test_what_the_disk_refuses_is_one_line(call, monkeypatch):
+    """As of a stage's folder that is a file, or somebody else's."""
+    for error, line in (
+        (NotADirectoryError(20, 'Not a directory', 'runs/a'), 'big_vlm: runs/a: Not a directory; the same command'),
+        (OSError(28, 'No space left on device'), 'big_vlm: No space left on device; the same command goes on'),
+    ):
+        monkeypatch.setattr(config_lib, 'validate', mock.Mock(side_effect=error))
+        code, lines = call()
+        assert code == 2 and len(lines) == 1 and lines[0].startswith(line)
+
+
+def test_sigterm_outside_the_loop_ends_at_once_with_75(tmp_path, monkeypatch, capfd):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.chdir(runs.ROOT)
+    monkeypatch.setattr(config_lib, 'validate', lambda *_: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60)))
+    monkeypatch.setattr(os, '_exit', sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        main([f'--config={runs.CONFIG}', f'--workdir={tmp_path}'])
+    assert ended.value.code == INTERRUPTED and signal.getsignal(signal.SIGTERM) is before
+    assert capfd.readouterr().err == 'big_vlm: stopped; the same command goes on from the newest checkpoint\n'
 
 
 def test_help_teaches(capsys):

@@ -1,6 +1,7 @@
 """Proves that a config's run, killed and started again, is the run that was never killed: every loss, every bit."""
 
 import argparse
+import os
 import pathlib
 import sys
 import tempfile
@@ -35,7 +36,12 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument('--config', required=True, metavar='FILE[:ARG]', help='as of big_vlm.main, with its overrides')
     result.add_argument('--steps', type=int, default=20, metavar='K', help='of every stage (default: 20)')
     result.add_argument('--devices', type=int, metavar='N', help='go on with N simulated devices (default: those here)')
-    result.add_argument('--workdir', metavar='DIR', help='keep both runs there (default: a folder that is removed)')
+    result.add_argument(
+        '--workdir',
+        type=os.path.expanduser,
+        metavar='DIR',
+        help='keep both runs there (default: a folder that is removed)',
+    )
     return result
 
 

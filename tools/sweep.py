@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import pathlib
 import signal
 import subprocess
@@ -49,7 +50,13 @@ def parser() -> argparse.ArgumentParser:
     """The command line, but for --config.KEY=VALUE and --sweep.KEY=VALUE,VALUE."""
     result = command.parser('sweep', __doc__, EXPLAIN)
     result.add_argument('--config', required=True, metavar='FILE[:ARG]', help='as of big_vlm.main, with its overrides')
-    result.add_argument('--workdir', required=True, metavar='DIR', help='of the sweep: each run has a folder in it')
+    result.add_argument(
+        '--workdir',
+        required=True,
+        type=os.path.expanduser,
+        metavar='DIR',
+        help='of the sweep: each run has a folder in it',
+    )
     instead = result.add_mutually_exclusive_group()
     instead.add_argument('--check', action='store_true', help='validate all configs, say what would run, and end')
     instead.add_argument('--slurm', metavar='FILE', help='write a SLURM array of the runs, and end')

@@ -13,7 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from big_vlm.checkpoints import manifest, together, trees
-from big_vlm.config import UserError
+from big_vlm.config import UserError, say
 
 _LEFT = '.left_behind'  # of a checkpoint's folder that a roll-back is about to delete
 
@@ -321,7 +321,7 @@ def _free(path: pathlib.Path) -> pathlib.Path:
 
 
 def _say(line: str) -> None:
-    print(f'big_vlm: {line}', file=sys.stderr, flush=True)
+    say(f'big_vlm: {line}', sys.stderr)
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:

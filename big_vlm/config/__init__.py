@@ -2,6 +2,7 @@
 
 from big_vlm.config.errors import UserError as UserError
 from big_vlm.config.errors import located as located
+from big_vlm.config.errors import say as say
 from big_vlm.config.errors import unknown as unknown
 from big_vlm.config.files import load_config as load_config
 from big_vlm.config.files import take_overrides as take_overrides

@@ -3,10 +3,17 @@
 import contextlib
 import difflib
 from collections.abc import Iterable, Iterator
+from typing import TextIO
 
 
 class UserError(Exception):
     """One line for a person: what is wrong, where, and the fix. Printed without a traceback, exit code 2."""
+
+
+def say(line: str, stream: TextIO | None = None) -> None:
+    """One line on `stream`, default standard output. A log on a full disk, or a reader who has gone, ends no run."""
+    with contextlib.suppress(OSError):
+        print(line, file=stream, flush=True)
 
 
 @contextlib.contextmanager

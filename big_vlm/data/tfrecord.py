@@ -66,6 +66,13 @@ def masked_crc32c(data: bytes) -> int:
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
+def framed(record: bytes) -> bytes:
+    """A record as it stands in a TFRecord file."""
+    length = struct.pack('<Q', len(record))
+    crcs = (struct.pack('<I', masked_crc32c(part)) for part in (length, record))
+    return length + next(crcs) + record + next(crcs)
+
+
 def read(path: Path) -> Iterator[bytes]:
     """The records of a TFRecord file, every checksum checked. Raises UserError, with the record, where one is wrong."""
     with open(path, 'rb') as file:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from big_vlm.config import UserError, whole_file
+from big_vlm.config import UserError, say, whole_file
 from big_vlm.evaluators import generation
 from big_vlm.evaluators import scores as scores_lib
 from big_vlm.metrics import calibration
@@ -50,6 +50,7 @@ def run(
     *,
     truth_field: str = 'suffix',
     path: str | os.PathLike | None = None,
+    must: bool = True,
     title: str = 'calibration',
 ) -> scores_lib.Scores:
     """Fits the temperature of the confidence on `fit`, judges it on `batches`, prints.
@@ -58,6 +59,7 @@ def run(
       answer: batch, records → one answer for each row that is not padding.
       fit, batches: (batch, records) pairs, of different splits.
       path: where to write what a report draws (JSON).
+      must: raise UserError where it cannot be written; else that is said, and nothing more.
 
     Returns:
       accuracy; ece_before and ece_after, the calibration error without and with the temperature (chance: of one who
@@ -86,7 +88,7 @@ def run(
         result[name] = {'score': error, 'chance': float(certain), 'n': n, 'lower_is_better': True}
     result['selective_accuracy'] = {'score': float(curve.mean()), 'chance': float(correct.mean()), 'n': n}
     scores_lib.print_scores(title, result)
-    print(f'{title}  temperature {temperature:.4g}, fitted on {len(fitted)} others', flush=True)
+    say(f'{title}  temperature {temperature:.4g}, fitted on {len(fitted)} others')
     if path is not None:
         drawn = {
             'temperature': temperature,
@@ -94,7 +96,7 @@ def run(
             'after': calibration.reliability(after, correct),
             'selective': _thinned(curve),
         }
-        whole_file.write_text(path, json.dumps(drawn, indent=1))
+        whole_file.write_text(path, json.dumps(drawn, indent=1), must)
     return result
 
 

@@ -103,12 +103,14 @@ def run(
     truth_field: str = 'suffix',
     slices: Sequence[str] = (),
     predictions_path: str | os.PathLike | None = None,
+    must: bool = True,
     title: str = 'generation',
 ) -> scores_lib.Scores:
     """Answers, scores, prints; see `predict` for the arguments.
 
     Args:
       predictions_path: where to write the predictions, one JSON object a line; a file already there is replaced.
+      must: raise UserError where they cannot be written; else that is said, and nothing more.
       title: what the printed lines begin with.
 
     Returns:
@@ -121,7 +123,7 @@ def run(
     chosen = [metric(m) if isinstance(m, str) else m for m in metrics]
     predictions = predict(generate, batches, chosen, prompt_field=prompt_field, truth_field=truth_field, slices=slices)
     if predictions_path is not None:
-        write_predictions(predictions_path, predictions)
+        write_predictions(predictions_path, predictions, must)
     result = summarise(predictions, chosen, slices)
     scores_lib.print_scores(title, result)
     return result
@@ -142,10 +144,10 @@ def read_predictions(path: str | os.PathLike) -> list[dict[str, Any]]:
     return predictions
 
 
-def write_predictions(path: str | os.PathLike, predictions: Sequence[dict[str, Any]]) -> None:
-    """One JSON object a line, UTF-8, all of them or none. Raises UserError for what the disk refuses."""
+def write_predictions(path: str | os.PathLike, predictions: Sequence[dict[str, Any]], must: bool = True) -> None:
+    """One JSON object a line, UTF-8, all of them or none. Raises as `whole_file.write_text` does."""
     lines = (json.dumps(entry, ensure_ascii=False, default=_plain) + '\n' for entry in predictions)
-    whole_file.write_text(path, ''.join(lines))
+    whole_file.write_text(path, ''.join(lines), must)
 
 
 def _measure(chosen: Metric, predictions: Sequence[dict[str, Any]]) -> np.ndarray:

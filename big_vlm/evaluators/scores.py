@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from big_vlm.config import UserError
+from big_vlm.config import UserError, say
 from big_vlm.metrics import bootstrap
 
 Scores = dict[str, dict[str, float | int]]
@@ -108,7 +108,7 @@ def with_unreadable(title: str, scores: Scores, count: int) -> Scores:
     """The scores with `unreadable`, how many records are in none of them because they failed. Prints it too."""
     if not count:
         return scores
-    print(f'{title}  {count} record{"s" if count > 1 else ""} left out: unreadable', flush=True)
+    say(f'{title}  {count} record{"s" if count > 1 else ""} left out: unreadable')
     return {name: entry if '=' in name else entry | {'unreadable': count} for name, entry in scores.items()}
 
 
@@ -118,4 +118,4 @@ def print_scores(title: str, scores: Scores) -> None:
     for name, entry in scores.items():
         interval = f' [{entry["low"]:.4f}, {entry["high"]:.4f}]' if 'low' in entry else ''
         chance = f'chance {entry["chance"]:.4f}, ' if 'chance' in entry else ''
-        print(f'{title}  {name:<{width}}  {entry["score"]:.4f}{interval}  ({chance}n={entry["n"]})', flush=True)
+        say(f'{title}  {name:<{width}}  {entry["score"]:.4f}{interval}  ({chance}n={entry["n"]})')

@@ -1,21 +1,26 @@
 """Where a run's numbers go: a progress line, a CSV file, TensorBoard, Weights & Biases, or several of them.
 
-Every writer has three methods. `write(step, values)` takes the numbers of one step; `rewind(step)` says that the run
-starts again after `step`, so what was written for later steps no longer counts; `close()` ends it. A run that was
-cut off and goes on leaves the same record as one that was not.
+Every writer has three methods. `write(step, values)` takes the numbers of one step; `rewind(step, again)` says that the
+run starts again after `step`, so what was written for later steps no longer counts, nor what the evaluations named
+`again` gave at `step` itself; `close()` ends it. A run that was cut off and goes on leaves the same record as one that
+was not.
 """
 
+import contextlib
 import csv
+import io
 import itertools
 import os
+import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Protocol
 
-from big_vlm.config import whole_file
+from big_vlm.config import UserError, say, whole_file
+from big_vlm.data import tfrecord
 
 STEP = 'step'
 
@@ -25,28 +30,44 @@ class Writer(Protocol):
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
 
-    def rewind(self, step: int) -> None: ...
+    def rewind(self, step: int, again: Collection[str] = ()) -> None: ...
 
     def close(self) -> None: ...
 
 
 class MultiWriter:
-    """Passes everything on to several writers, in order."""
+    """Passes everything on to several writers, in order.
+
+    What the disk refuses one of them to write is told once, and ends nothing; only `rewind` raises it.
+    """
 
     def __init__(self, *writers: Writer):
         self.writers = writers
+        self._refused: set[Writer] = set()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for writer in self.writers:
-            writer.write(step, values)
+            with self._survived(writer):
+                writer.write(step, values)
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, again: Collection[str] = ()) -> None:
         for writer in self.writers:
-            writer.rewind(step)
+            writer.rewind(step, again)
 
     def close(self) -> None:
         for writer in self.writers:
-            writer.close()
+            with self._survived(writer):
+                writer.close()
+
+    @contextlib.contextmanager
+    def _survived(self, writer: Writer) -> Iterator[None]:
+        try:
+            yield
+            self._refused.discard(writer)
+        except (OSError, UserError) as error:
+            if writer not in self._refused:
+                say(f'big_vlm: {error}. The run goes on', sys.stderr)
+            self._refused.add(writer)
 
 
 class CsvWriter:
@@ -54,44 +75,58 @@ class CsvWriter:
 
     Columns may grow: a new name adds a column at the end and the file is rewritten. A file that is there already is
     continued, without the last line if the run died in the middle of it. Rewriting goes through a second file that is
-    moved into place, so a crash leaves either the old table or the new one.
+    moved into place, so a crash leaves either the old table or the new one. A row that the disk refuses raises
+    UserError, and is written before the next one.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._waiting: list[tuple[int, Mapping[str, float]]] = []
         self._columns, rows = _read_table(self.path)
-        self._file: IO[str] | None = None
         if self._columns:
-            self._rewrite(rows)
+            self._rewrite(self._columns, rows)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        if new := [name for name in values if name not in self._columns]:
-            columns, rows = _read_table(self.path)
-            self._columns = [*(columns or [STEP]), *new]
-            self._rewrite(rows)
-        if self._file is None:
-            self._file = self.path.open('a', newline='', encoding='utf-8')
-        row = {STEP: int(step), **{name: repr(float(value)) for name, value in values.items()}}
-        csv.DictWriter(self._file, self._columns, lineterminator='\n').writerow(row)
-        self._file.flush()
+        self._waiting.append((step, values))
+        self._catch_up()
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, again: Collection[str] = ()) -> None:
+        self._catch_up()
+        made = tuple(f'{name}/' for name in again)
+
+        def counts(row: Mapping[str, str]) -> bool:
+            evaluated = any(value and name.startswith(made) for name, value in row.items())
+            return int(row[STEP]) < step or (int(row[STEP]) == step and not evaluated)
+
         _, rows = _read_table(self.path)
         if self._columns:
-            self._rewrite([row for row in rows if int(row[STEP]) <= step])
+            self._rewrite(self._columns, [row for row in rows if counts(row)])
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._catch_up()
 
-    def _rewrite(self, rows: Sequence[Mapping[str, str]]) -> None:
-        self.close()
+    def _catch_up(self) -> None:
+        while self._waiting:
+            self._append(*self._waiting[0])
+            del self._waiting[0]
+
+    def _append(self, step: int, values: Mapping[str, float]) -> None:
+        known = self._columns if self.path.exists() else []  # who moved it away gets a whole one again
+        if new := [name for name in values if name not in known]:
+            columns, rows = _read_table(self.path)
+            self._rewrite([*(columns or [STEP]), *new], rows)
+        line = io.StringIO()
+        row = {STEP: int(step), **{name: repr(float(value)) for name, value in values.items()}}
+        csv.DictWriter(line, self._columns, lineterminator='\n').writerow(row)
+        whole_file.append(self.path, line.getvalue().encode())
+
+    def _rewrite(self, columns: list[str], rows: Sequence[Mapping[str, str]]) -> None:
         with whole_file.writing(self.path) as part, part.open('w', newline='', encoding='utf-8') as file:
-            table = csv.DictWriter(file, self._columns, lineterminator='\n')
+            table = csv.DictWriter(file, columns, lineterminator='\n')
             table.writeheader()
             table.writerows(rows)
+        self._columns = columns
 
 
 def read_csv(path: str | os.PathLike) -> dict[str, list[tuple[int, float]]]:
@@ -113,37 +148,51 @@ def _read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 
 class TensorBoardWriter:
-    """Scalars as TensorBoard event files in `logdir`. No file appears before the first value."""
+    """Scalars as TensorBoard event files in `logdir`. No file appears before the first value.
+
+    The events of a step are written at once, by the thread that asks: a full disk loses them, and damages nothing.
+    """
 
     def __init__(self, logdir: str | os.PathLike):
         self.logdir = Path(logdir)
-        self._writer = None
+        self._file: Path | None = None
+        self._head: list[dict] = []  # the events that a file begins with, until they are written
         self._purge_step: int | None = None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        if self._writer is None:
-            self._writer = self._open()
-        for name, value in values.items():
-            self._writer.add_scalar(name, float(value), int(step))
+        from tensorboardX import summary  # Only runs that log to TensorBoard load it.
 
-    def rewind(self, step: int) -> None:
-        # A new event file that says "forget everything from here on": TensorBoard never edits an old one.
+        if self._file is None:
+            self._open()
+        scalars = [{'step': int(step), 'summary': summary.scalar(name, float(x))} for name, x in values.items()]
+        self._append([*self._head, *scalars])
+        self._head = []
+
+    def rewind(self, step: int, again: Collection[str] = ()) -> None:
+        # A new event file that says "forget everything from here on": TensorBoard never edits an old one. What is made
+        # again at `step` is the same point.
         self.close()
         self._purge_step = step + 1
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        self._file = None
 
-    def _open(self):
-        import tensorboardX  # Only runs that log to TensorBoard load it.
+    def _open(self) -> None:
+        from tensorboardX.proto.event_pb2 import SessionLog
 
-        # The library names files by the second: a quick restart would append to, or hide behind, the file before.
+        self.logdir.mkdir(parents=True, exist_ok=True)
+        # Files of one second are told apart by a number: a quick restart must not append to the one before.
         number = next(n for n in itertools.count() if not any(self.logdir.glob(f'*.run{n}')))
-        return tensorboardX.SummaryWriter(
-            str(self.logdir), purge_step=self._purge_step, filename_suffix=f'.run{number}', flush_secs=10
-        )
+        name = f'events.out.tfevents.{int(time.time())}.{socket.gethostname()}.run{number}'
+        self._file, self._head = self.logdir / name, [{'file_version': 'brain.Event:2'}]
+        if self._purge_step is not None:
+            self._head.append({'step': self._purge_step, 'session_log': SessionLog(status=SessionLog.START)})
+
+    def _append(self, events: Sequence[Mapping]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        made = [Event(wall_time=time.time(), **event).SerializeToString() for event in events]
+        whole_file.append(self._file, b''.join(map(tfrecord.framed, made)))
 
 
 class WandbWriter:
@@ -170,7 +219,7 @@ class WandbWriter:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({STEP: int(step), **values})
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, again: Collection[str] = ()) -> None:
         """Nothing there can be taken back; what comes again is the same."""
 
     def close(self) -> None:
@@ -237,7 +286,7 @@ class ProgressWriter:
         self._bar.n = step
         self._bar.set_postfix_str('  '.join(shown), refresh=True)
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, again: Collection[str] = ()) -> None:
         self._anchor = None
 
     def close(self) -> None:

@@ -35,6 +35,7 @@ from big_vlm.evaluators.scores import Scores, field, with_unreadable
 from big_vlm.metrics.text import exact_match
 from big_vlm.sharding import mesh as meshes
 from big_vlm.tasks import Task
+from big_vlm.training import signals
 from big_vlm.training.evaluation_settings import NEEDS, TAKEN_BY
 
 
@@ -60,17 +61,18 @@ class Evaluator:
         self._compiled: dict[Any, Any] = {}
         self._failures: list[Failures] = []  # of the sources that were read
 
-    def __call__(self, name: str, params: Any) -> Scores:
+    def __call__(self, name: str, params: Any, must: bool = True) -> Scores:
         """Scores of `stage.evals[name]`; prints each beside its chance level.
 
         Every process of a run calls this and gets the same scores. Records that cannot be read are in none of them,
-        and counted; UserError if those are more than a tenth.
+        and counted; UserError if those are more than a tenth. With `must=False` the answers beside them that the disk
+        refuses are no error. Raises signals.Stopped between two batches, once the run is asked to stop.
         """
         self._failures.clear()
-        scores = self._run(name, self.stage.evals[name], params)
+        scores = self._run(name, self.stage.evals[name], params, must)
         return with_unreadable(name, scores, sum(failures.failed for failures in self._failures))
 
-    def _run(self, name: str, settings: Eval, params: Any) -> Scores:
+    def _run(self, name: str, settings: Eval, params: Any, must: bool) -> Scores:
         with jax.set_mesh(self.mesh):
             if settings.kind == 'zero_shot':
                 return zero_shot.run(
@@ -118,6 +120,7 @@ class Evaluator:
                     self.allowed(dataclasses.replace(settings, split=settings.fit_split)),
                     self.allowed(settings),
                     path=folder and folder / f'calibration_{name}.json',
+                    must=must,
                     title=name,
                 )
             say = self._generate(settings, params)
@@ -128,6 +131,7 @@ class Evaluator:
                 truth_field=settings.answers or 'suffix',
                 slices=settings.slices,
                 predictions_path=folder and folder / f'predictions_{name}.jsonl',
+                must=must,
                 title=name,
             )
 
@@ -158,7 +162,7 @@ class Evaluator:
         total = len(source)
         failures = Failures(source.name, 'left out', min(settings.examples or total, total))
         self._failures.append(failures)
-        yield from eval_loader.eval_batches(
+        for batch in eval_loader.eval_batches(
             source,
             transforms.parse(settings.pipeline, where='pipeline'),
             self.contract,
@@ -167,7 +171,9 @@ class Evaluator:
             settings.examples if examples is None else examples,
             check=lambda record: _check_fields(settings, record),
             failures=failures,
-        )
+        ):
+            signals.check()
+            yield batch
 
     def allowed(self, settings: Eval) -> Iterator[tuple[dict[str, np.ndarray], list[dict]]]:
         """`batches`, with the answers that each row may give (`decoding.choices`), where the settings restrict them."""

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from big_vlm.config import UserError
+from big_vlm import config
+from big_vlm.config import UserError, whole_file
 
 _STDERR = 2  # the descriptor: sys.stderr may be anything
 _WINDOW, _FEWEST = 100, 20  # losses that a spike is held against
@@ -70,7 +71,7 @@ class BadBatches:
             lines = self._path.read_text(encoding='utf-8').splitlines(keepends=True)
             told = [(line, json.loads(line)) for line in lines if line.endswith('\n')]
             kept = [line for line, bad in told if bad.get('batch', bad['step']) <= step + self._left_behind]
-            self._path.write_text(''.join(kept), encoding='utf-8')
+            whole_file.write_text(self._path, ''.join(kept))
 
     def see(self, step: int, loss: float, grad_norm: float, ids: np.ndarray | None) -> bool:
         """Whether the step was good. Raises Astray after too many in a row."""
@@ -81,11 +82,15 @@ class BadBatches:
         self.row.append(step)
         told = {'step': step, 'batch': step + self._left_behind, 'loss': str(loss), 'grad_norm': str(grad_norm)}
         told['sources'] = self._sources
-        with self._path.open('a', encoding='utf-8') as file:
-            print(json.dumps(told | {'ids': [] if ids is None else np.asarray(ids).tolist()}), file=file)
+        line = json.dumps(told | {'ids': [] if ids is None else np.asarray(ids).tolist()})
+        where = str(self._path)
+        try:
+            whole_file.append(self._path, f'{line}\n'.encode())
+        except UserError as error:  # as a checkpoint's: it must not end the run
+            where = str(error)
         what = f'step {step}: the loss is {loss}, its gradient {grad_norm}'
         if len(self.row) < self._limit:
-            say(f'{what}: nothing was updated; {self._path}')
+            say(f'{what}: nothing was updated; {where}')
             return False
         row = f', and so {len(self.row)} steps in a row' if len(self.row) > 1 else ''
         raise Astray(
@@ -157,7 +162,7 @@ class Watchdog:
             if wait <= 0:
                 one = f' in process {jax.process_index()}' if jax.process_count() > 1 else ''
                 line = f'no step has ended for {idle / 60:.3g} min, since step {step}{one}; the threads are here:'
-                print(f'big_vlm: {line}', file=sys.stderr, flush=True)
+                config.say(f'big_vlm: {line}', sys.stderr)
                 faulthandler.dump_traceback(file=_STDERR, all_threads=True)
                 wait = self._limit
 
@@ -173,4 +178,4 @@ class Watchdog:
 def say(line: str) -> None:
     """One line on standard error, from the first process."""
     if jax.process_index() == 0:
-        print(f'big_vlm: {line}', file=sys.stderr, flush=True)
+        config.say(f'big_vlm: {line}', sys.stderr)

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -18,7 +18,7 @@ class Writer(Protocol):
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
 
-    def rewind(self, step: int) -> None: ...
+    def rewind(self, step: int, again: Collection[str] = ()) -> None: ...
 
 
 class Log:

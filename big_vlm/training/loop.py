@@ -106,11 +106,13 @@ def train(
       batches: first step → this process's numpy batches from there on. The attributes `replaced`, `cut` and `by_source`
         of the iterator (`loader.Batches`) become metrics.
       workdir: the stage's folder; checkpoints go to `workdir`/checkpoints.
-      writers: take the metrics, float by name; rows of steps that will be repeated are taken back by `rewind`.
+      writers: take the metrics, float by name; rows of steps and evaluations that will be repeated are taken back by
+        `rewind`.
       mesh: where everything lives.
       examples_per_epoch: for durations in epochs.
       evaluate: (name in `stage.evals`, step, state) → metrics; called when due, before the state is saved. A step that
-        was evaluated before the checkpoint is not evaluated again on restart.
+        was evaluated before the checkpoint is not evaluated again on restart. Where it raises signals.Stopped, the
+        state is saved, and all that is due is evaluated on restart.
       initial_params: fresh parameters and running statistics → those to start from, placed alike. Not called when a
         checkpoint is there.
       overwritten: paths of the parameters that `initial_params` makes no use of; they reach it as zeros.
@@ -151,33 +153,41 @@ def train(
             )
             spikes = guards.Spikes(stage.guards.spike, stage.guards.spike_steps, past.losses, past.spike_row)
             log = Log(writers, throughput.Meter(stage.batch_size, task.flops_per_example, peak), bad, spikes, watchdog)
-            writers.rewind(first)
+            postponed = [] if past.evaluated or not evaluate else _due(stage, first, total)
+            writers.rewind(first, again=postponed)
             bad.rewind(first)
             source = iter(batches(first + past.left_behind)) if first < total else iter(())
 
             for step in range(first, total + 1):
                 stopping = stop.now(agree=step % stage.log_every == 0 or step == total)
-                evaluated = step == first and past.evaluated
-                due = _due(stage, step, total) if evaluate and not evaluated and not stopping else []
+                due = postponed if step == first else _due(stage, step, total) if evaluate else []
+                due = [] if stopping else due
                 save = step == total or stopping or (step > first and step % stage.checkpoint.every == 0)
                 if due or save:
                     with log.pause():
                         scores: dict[str, float] = {}
+                        score = None
                         try:
                             for name in due:
+                                if stop.now(agree=True):
+                                    raise signals.Stopped
                                 made = evaluate(name, step, state)
                                 log.write(step, made)
                                 scores |= made
                             score = _score(stage, scores, due, f'{where}.checkpoint.best')
+                        except signals.Stopped:
+                            save = stopping = True
                         except Exception:
                             # It must not cost the steps since the last checkpoint. Of several processes another one may
                             # not have failed, and would not save.
                             if jax.process_count() == 1:
-                                saver.save(step, state, {**extra, **past.now(bad, spikes, False, source).to_dict()})
+                                saver.save(
+                                    step, state, {**extra, **past.now(bad, spikes, False, source, mesh).to_dict()}
+                                )
                                 saver.wait()
                             raise
                         if save or score is not None:
-                            now = past.now(bad, spikes, not stopping, source)
+                            now = past.now(bad, spikes, not stopping, source, mesh)
                             saver.save(step, state, {**extra, **now.to_dict()}, score)
                 if step == total:
                     # What catches signals ends here: one that came meanwhile must not start a next stage.
@@ -189,7 +199,8 @@ def train(
                 if step == total:
                     break
                 batch, ids = _fetch(source, step, mesh, log)
-                metrics = past.counted(source)
+                show = _shown(stage, step + 1, total)
+                metrics = past.counted(source, mesh) if show else {}
                 if stage.guards.rollbacks:
                     metrics[ROLLBACKS] = len(past.rollbacks)
                 if not memory_told:
@@ -197,7 +208,7 @@ def train(
                     memory_told = True
                 trace.before(step + 1)
                 state, computed = train_step(state, batch)
-                log.step(step + 1, metrics | computed, ids, show=_shown(stage, step + 1, total))
+                log.step(step + 1, metrics | computed, ids, show)
                 if trace.is_last(step + 1):
                     log.flush()
                     trace.end()

@@ -6,6 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+from jax.sharding import Mesh
+
+from big_vlm.sharding import mesh as meshes
 from big_vlm.training import guards
 
 
@@ -35,20 +39,21 @@ class Past:
         """Batches that roll-backs passed over: step `s` takes batch `s` + this."""
         return sum(astray - step for astray, step in self.rollbacks)
 
-    def counted(self, batches: Any) -> dict[str, int]:
-        """The metrics of what befell the examples so far, `batches` (a `loader.Batches`) those since then."""
-        counts = {'images_replaced': self.images_replaced + getattr(batches, 'replaced', 0)}
+    def counted(self, batches: Any, mesh: Mesh) -> dict[str, int]:
+        """The metrics of what befell the examples of all processes so far; to be asked by all of them at once.
+
+        `batches` (a `loader.Batches`) has this process's counts since the run went on.
+        """
         cut = getattr(batches, 'cut', None)
-        counts |= {} if cut is None else {'answers_cut': self.answers_cut + cut}
-        return counts | self._by_source(batches)
+        since = {'images_replaced': getattr(batches, 'replaced', 0), **({} if cut is None else {'answers_cut': cut})}
+        since |= getattr(batches, 'by_source', {})
+        sums = meshes.sum_of_shards(np.array([*since.values()], np.int64), mesh).tolist()
+        before = {'images_replaced': self.images_replaced, 'answers_cut': self.answers_cut, **self.by_source}
+        return {name: before.get(name, 0) + count for name, count in zip(since, sums, strict=True)}
 
-    def _by_source(self, batches: Any) -> dict[str, int]:
-        since = getattr(batches, 'by_source', {})
-        return {name: self.by_source.get(name, 0) + count for name, count in since.items()}
-
-    def now(self, bad: guards.BadBatches, spikes: guards.Spikes, evaluated: bool, batches: Any) -> Past:
-        """As it is by now."""
-        counted = self.counted(batches)
+    def now(self, bad: guards.BadBatches, spikes: guards.Spikes, evaluated: bool, batches: Any, mesh: Mesh) -> Past:
+        """As it is by now; to be asked by all processes at once."""
+        counted = self.counted(batches, mesh)
         return dataclasses.replace(
             self,
             evaluated=evaluated,
@@ -56,9 +61,9 @@ class Past:
             bad_row=tuple(bad.row),
             spike_row=tuple(spikes.row),
             losses=tuple(spikes.losses),
-            images_replaced=counted['images_replaced'],
-            answers_cut=counted.get('answers_cut', 0),
-            by_source=self.by_source | self._by_source(batches),
+            images_replaced=counted.pop('images_replaced'),
+            answers_cut=counted.pop('answers_cut', self.answers_cut),
+            by_source=self.by_source | counted,
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ _FREE = {
     '': ('mesh', 'accumulate', 'log_every', 'checkpoint', 'guards', 'evals', 'profile', 'wandb'),
     'data': ('data_dir', 'workers', 'threads', 'prefetch'),
     'model': ('loss_form', 'token_loss', 'token_chunk', 'remat', 'scan'),
+    'optimizer': ('offload',),
 }
 
 _CONFIG = 'config.json'

@@ -1,4 +1,5 @@
-"""Being asked to stop: SIGTERM and Ctrl-C set a flag that the loop reads between steps; a second Ctrl-C ends at once.
+"""Being asked to stop: SIGTERM and Ctrl-C set a flag that the loop reads between steps, evaluations between batches; a
+second Ctrl-C ends at once.
 
 With several processes, a SIGTERM that any of them gets (the cluster's notice) goes through JAX's preemption service: it
 names one step, a little ahead of all of them, at which all stop.
@@ -21,6 +22,10 @@ _FIRST = b'\nbig_vlm: stopping; the state is saved first. Ctrl-C again ends at o
 _STDERR = 2
 
 
+class Stopped(Exception):
+    """An evaluation was asked to stop; it is made again when the run goes on."""
+
+
 class StopRequest:
     """Whether to stop; all processes answer alike."""
 
@@ -36,6 +41,15 @@ class StopRequest:
             return self.requested
         noticed = _service() and multihost_utils.reached_preemption_sync_point(next(_ASKED))
         return noticed or (agree and bool(multihost_utils.process_allgather(np.array(self.requested)).any()))
+
+
+_listening: list[StopRequest] = []  # the one of `catch`, within it
+
+
+def check() -> None:
+    """Raises Stopped within `catch` if a signal has come; all processes ask equally often."""
+    if _listening and _listening[-1].now(agree=False):
+        raise Stopped
 
 
 @contextmanager
@@ -58,9 +72,11 @@ def catch() -> Iterator[StopRequest]:
 
     caught = (signal.SIGINT,) if _service() else (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, on_signal) for number in caught}
+    _listening.append(request)
     try:
         yield request
     finally:
+        _listening.remove(request)
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -194,7 +194,8 @@ def run_stage(
 
     def evaluate(which: str, step: int, state: Any) -> dict[str, float]:
         trained = lora.whole(_trained(stage, state))
-        scores = _evaluate(evaluator, which, tasks.weights(trained, state.stats), folder, where)
+        # At the end what cannot be written is evaluated once more; before, the run goes on without it.
+        scores = _evaluate(evaluator, which, tasks.weights(trained, state.stats), folder, where, must=step == total)
         return {f'{which}/{metric}': entry['score'] for metric, entry in scores.items()}
 
     writer = writers.MultiWriter(*(_writers(name, stage, folder, total) if first else []))
@@ -249,13 +250,13 @@ def _trained(stage: Stage, state: TrainState) -> Any:
 
 
 def _evaluate(
-    evaluator: evaluation.Evaluator, which: str, params: Any, folder: pathlib.Path, where: str
+    evaluator: evaluation.Evaluator, which: str, params: Any, folder: pathlib.Path, where: str, must: bool = True
 ) -> evaluation.Scores:
-    """Scores of one evaluation, written among those of the stage."""
+    """Scores of one evaluation, written among those of the stage. `must` as in `whole_file.write_text`."""
     with config.located(f'{where}.evals.{which}'):
-        scores = evaluator(which, params)
+        scores = evaluator(which, params, must)
     if jax.process_index() == 0:
-        workdirs.write_scores(folder, workdirs.scores(folder) | {which: scores})
+        workdirs.write_scores(folder, workdirs.scores(folder) | {which: scores}, must)
     return scores
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from big_vlm import config
 from big_vlm.config import Stage, whole_file
 
 _SCORES = 'evals.json'
@@ -25,12 +26,12 @@ def scores(folder: pathlib.Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
 
 
-def write_scores(folder: pathlib.Path, scores: Mapping[str, Any]) -> None:
-    """In the place of those that are there."""
-    whole_file.write_text(folder / _SCORES, json.dumps(scores, indent=1))
+def write_scores(folder: pathlib.Path, scores: Mapping[str, Any], must: bool = True) -> None:
+    """In the place of those that are there. Raises as `whole_file.write_text` does."""
+    whole_file.write_text(folder / _SCORES, json.dumps(scores, indent=1), must)
 
 
 def say(line: str) -> None:
     """One line on standard output, from the first process."""
     if jax.process_index() == 0:
-        print(line, flush=True)
+        config.say(line)

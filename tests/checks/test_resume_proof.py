@@ -86,17 +86,46 @@ def test_help_teaches_and_imports_nothing_heavy():
     assert 'python -m tools.check_resume --config=configs/quickstart.py:smoke' in result.stdout
 
 
+def test_with_more_devices_it_is_the_killed_run_that_goes_on_with_them(tiny_digit_scenes, tmp_path, monkeypatch):
+    started = []
+
+    def popen(command, env, **_):
+        workdir = pathlib.Path(command[-1].partition('=')[2])
+        flags, platform = env['XLA_FLAGS'].split(), env['JAX_PLATFORMS']
+        started.append((workdir.name, platform, [flag[-1] for flag in flags if 'device_count' in flag]))
+        for stage in ('pretrain', 'multimodal'):
+            (workdir / stage / 'checkpoints' / '2').mkdir(parents=True, exist_ok=True)
+            (workdir / stage / 'metrics.csv').write_text('step,loss\n' + ''.join(f'{n},{1 / n}\n' for n in range(1, 5)))
+
+    monkeypatch.setattr(resume.subprocess, 'Popen', popen)
+    monkeypatch.setattr(resume, '_finish', lambda process: None)
+    monkeypatch.setattr(resume, '_kill_after', lambda *_: None)
+    monkeypatch.setattr(resume, 'load_weights', lambda folder: {'w': np.ones(2)})
+    made = runs.validated(tiny_digit_scenes, stages=('pretrain', 'multimodal'))
+    proofs = list(resume.prove(made, tmp_path / 'runs', steps=4, devices=2))
+    assert [(one.stage, one.resumed_at, one.holds(True)) for one in proofs] == [
+        ('pretrain', 2, True),
+        ('multimodal', 2, True),
+    ]
+    assert started == [('whole', 'cpu', ['1']), *(('killed', 'cpu', [n]) for n in '122')]
+
+
 @pytest.mark.slow
-def test_the_real_program_goes_on_with_two_devices(tiny_digit_scenes, tmp_path):
+def test_the_real_program_goes_on(tiny_digit_scenes, tmp_path):
+    """The command that the README shows, of two stages."""
     command = [sys.executable, '-m', 'tools.check_resume', f'--config={runs.CONFIG}:{tiny_digit_scenes}']
-    command += ["--config.stages=('pretrain',)", '--steps=12', '--devices=2', f'--workdir={tmp_path / "runs"}']
+    command += ["--config.stages=('pretrain','multimodal')", '--steps=12', f'--workdir={tmp_path / "runs"}']
     flags = f'--xla_force_host_platform_device_count=1 {compiler.FLAGS}'
     result = subprocess.run(
         command, cwd=ROOT, env=os.environ | {'XLA_FLAGS': flags}, capture_output=True, text=True, timeout=600
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    went_on, *rows, weights, last = result.stdout.splitlines()
-    assert went_on == 'pretrain: killed, went on from step 6' and len(rows) == 12
-    assert last == 'the same run, to the order of sums' and weights.startswith('parameters differ by ')
-    assert all(row.endswith('=') for row in rows[:6])
-    assert json.loads((tmp_path / 'runs' / 'short.json').read_text())['stages'] == ['pretrain']
+    lines = result.stdout.splitlines()
+    for name in ('pretrain', 'multimodal'):
+        went_on, *rows, weights = lines[:14]
+        assert went_on == f'{name}: killed, went on from step 6' and weights == 'parameters ='
+        assert [row.split()[0] for row in rows] == [str(n) for n in range(1, 13)]
+        assert all(row.endswith('=') for row in rows)
+        del lines[:14]
+    assert lines == ['the same run, bit for bit']
+    assert json.loads((tmp_path / 'runs' / 'short.json').read_text())['stages'] == ['pretrain', 'multimodal']

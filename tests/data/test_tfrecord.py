@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -39,12 +38,6 @@ def test_lanes_agree_with_bits():
         assert tfrecord.crc32c(data[:length]) == state ^ 0xFFFFFFFF
 
 
-def framed(record):
-    length = struct.pack('<Q', len(record))
-    crcs = (struct.pack('<I', tfrecord.masked_crc32c(part)) for part in (length, record))
-    return length + next(crcs) + record + next(crcs)
-
-
 @pytest.fixture
 def prepared(tiny_digit_scenes, tmp_path):
     """A data_dir with the tiny scenes as TFRecord, and nothing else."""
@@ -58,7 +51,7 @@ def prepared(tiny_digit_scenes, tmp_path):
         stored = sources.load('digit_scenes/cells_tiny', split['name'], tiny_digit_scenes)._stored
         [length] = split['shardLengths']
         assert int(length) == len(stored)
-        records = b''.join(framed(stored[i]) for i in range(len(stored)))
+        records = b''.join(tfrecord.framed(stored[i]) for i in range(len(stored)))
         (copy / f'scenes_again-{split["name"]}.tfrecord-00000-of-00001').write_bytes(records)
     return copy
 
@@ -106,7 +99,7 @@ def test_metadata_without_a_key(prepared, capsys, key):
         (lambda data: data[:-1], 'record 31: the file ends within it'),
         (lambda data: data[:5] + b'\x01' + data[6:], 'record 0: its length is damaged'),
         (lambda data: data[:40] + bytes([data[40] ^ 1]) + data[41:], 'record 0: its checksum is wrong'),
-        (lambda data: data + framed(b'more'), '33 records, but dataset_info.json tells of 32'),
+        (lambda data: data + tfrecord.framed(b'more'), '33 records, but dataset_info.json tells of 32'),
         (lambda data: data + b'abc', 'record 32: its length is damaged'),
     ],
 )

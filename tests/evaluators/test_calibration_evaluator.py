@@ -55,6 +55,15 @@ def test_the_temperature_is_fitted_on_one_split_and_judged_on_the_other(tmp_path
     assert 'temperature' in capsys.readouterr().out
 
 
+def test_what_a_report_draws_may_be_lost(tmp_path, capsys):
+    (tmp_path / 'file').touch()
+    some = dict(path=tmp_path / 'file' / 'below', title='x')
+    with pytest.raises(UserError, match='below: not written'):
+        calibration.run(overconfident, batches(50, 0), batches(50, 1), **some)
+    assert calibration.run(overconfident, batches(50, 0), batches(50, 1), must=False, **some)['accuracy']['n'] == 50
+    assert 'below: not written' in capsys.readouterr().err
+
+
 def test_an_answer_out_of_all_texts():
     right, wrong = calibration.of_answer(np.log(0.8), True), calibration.of_answer(np.log(0.8), False)
     np.testing.assert_allclose(metric.probabilities([right.logits]), [[0.8, 0.2]])

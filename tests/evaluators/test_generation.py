@@ -44,7 +44,7 @@ def test_scores_by_kind_and_slice(capsys):
     assert 'exact_match/kind=color      0.5000 [0.0000, 1.0000]  (chance 0.5000, n=2)' in capsys.readouterr().out
 
 
-def test_predictions_file(tmp_path):
+def test_predictions_file(tmp_path, capsys):
     path = tmp_path / 'stage' / 'predictions_qa.jsonl'
     generation.run(generate, batches(), slices=['held_out'], predictions_path=path)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -58,6 +58,11 @@ def test_predictions_file(tmp_path):
         'held_out': True,
     }
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+    nowhere = path / 'below'
+    with pytest.raises(UserError, match='below: not written'):
+        generation.run(generate, batches(), predictions_path=nowhere)
+    scores = generation.run(generate, batches(), predictions_path=nowhere, must=False)
+    assert scores['exact_match']['n'] == 5 and 'below: not written' in capsys.readouterr().err
 
 
 def test_a_metric_of_ones_own_and_records_with_an_id():

@@ -7,6 +7,7 @@ import types
 
 import pytest
 
+from big_vlm.data import tfrecord
 from big_vlm.reports import writers
 
 
@@ -51,6 +52,46 @@ def test_csv_goes_on_after_a_restart_as_if_nothing_had_happened(tmp_path):
     assert first.path.read_bytes() == whole.path.read_bytes()
 
 
+def test_csv_of_an_evaluation_that_is_made_again(tmp_path):
+    writer = writers.CsvWriter(tmp_path / 'm.csv')
+    for step in (2, 4):
+        for values in ({'loss': 1.0}, {'often/accuracy': 0.5}, {'last/accuracy': 0.25}):
+            writer.write(step, values)
+    writer.rewind(4, again=('often', 'la'))
+    assert writers.read_csv(writer.path) == {
+        'loss': [(2, 1.0), (4, 1.0)],
+        'often/accuracy': [(2, 0.5)],
+        'last/accuracy': [(2, 0.25), (4, 0.25)],
+    }
+
+
+def test_a_full_disk_damages_nothing_and_costs_no_row_of_the_table(tmp_path, file_limit, capsys):
+    table = writers.CsvWriter(tmp_path / 'm.csv')
+    both = writers.MultiWriter(table, writers.TensorBoardWriter(tmp_path / 'tb'))
+    both.write(1, {'loss': 1.0})
+    file_limit(table.path.stat().st_size + 3)
+    both.write(2, {'loss': 2.0})
+    both.write(2, {'often/accuracy': 0.5})
+    both.close()
+    assert table.path.read_text() == 'step,loss\n1,1.0\n'
+    told = capsys.readouterr().err.splitlines()
+    assert [line.partition(': not written: File too large. The run')[0] for line in told] == [
+        f'big_vlm: {path}' for path in (table.path, *(tmp_path / 'tb').iterdir())
+    ]
+    file_limit(-1)
+    both.write(3, {'loss': 3.0})
+    assert table.path.read_text() == 'step,loss,often/accuracy\n1,1.0,\n2,2.0,\n2,,0.5\n3,3.0,\n'
+    assert read_events(tmp_path / 'tb') == [(1, 'loss', 1.0), (3, 'loss', 3.0)]
+
+
+def test_csv_that_was_moved_away_begins_anew(tmp_path):
+    writer = writers.CsvWriter(tmp_path / 'm.csv')
+    writer.write(1, {'loss': 1.0, 'lr': 0.5})
+    writer.path.unlink()
+    writer.write(2, {'loss': 2.0})
+    assert writer.path.read_text() == 'step,loss\n2,2.0\n'
+
+
 def test_csv_rewind_before_anything(tmp_path):
     writer = writers.CsvWriter(tmp_path / 'm.csv')
     writer.rewind(0)
@@ -62,17 +103,11 @@ def test_csv_rewind_before_anything(tmp_path):
 
 def read_events(logdir):
     """(step, tag, value) and purge steps in the order of the files, as TensorBoard reads them."""
-    import struct
-
     from tensorboardX.proto.event_pb2 import Event
 
     events = []
     for path in sorted(logdir.iterdir()):
-        data, at = path.read_bytes(), 0
-        while at < len(data):
-            (length,) = struct.unpack('<Q', data[at : at + 8])
-            event = Event.FromString(data[at + 12 : at + 12 + length])
-            at += length + 16
+        for event in map(Event.FromString, tfrecord.read(path)):
             if event.HasField('session_log'):
                 events.append(('purge', event.step))
             events += [(event.step, value.tag, value.simple_value) for value in event.summary.value]

@@ -114,6 +114,8 @@ PROGRAM = """
         mesh = meshes.make_mesh(*sizes)
         index, shards = meshes.data_shard(mesh)
         assert (index, shards) == ((jax.process_index(), 2) if count == 2 else (0, 1)), (index, shards)
+        total = meshes.sum_of_shards(np.array([2**40, jax.process_index()]), mesh)
+        assert total.tolist() == [count * 2**40, count - 1], total
         own = slice(index * 8 // shards, (index + 1) * 8 // shards)
         batch = meshes.put_batch({'a': rows[own], 'b': rows[::-1][own]}, mesh)
         assert batch['a'].shape == (8, 4)
@@ -125,7 +127,7 @@ PROGRAM = """
 
 @pytest.mark.slow
 def test_two_processes():
-    """Two real processes with one device each: the data shards, the global batch, and the ring across them."""
+    """Two real processes with one device each: the data shards, counts of them, the batch, and the ring across them."""
     with socket.socket() as s:
         s.bind(('localhost', 0))
         address = f'localhost:{s.getsockname()[1]}'

@@ -2,7 +2,8 @@
 
 import pytest
 
-from tools import command
+from big_vlm import main
+from tools import check_resume, command, sweep
 
 
 @pytest.mark.parametrize(
@@ -22,3 +23,9 @@ def test_mistakes_are_one_line(capsys, argv, message):
     assert command.end(parser.parse_args, argv) == 2
     error = capsys.readouterr().err
     assert error.startswith(f'error: {message}') and error.count('\n') == 1
+
+
+def test_a_workdir_at_home(monkeypatch):
+    monkeypatch.setenv('HOME', '/home/somebody')
+    for parse in (main._flags, sweep.parser().parse_args, check_resume.parser().parse_args):
+        assert parse(['--config=a.py', '--workdir=~/runs/x']).workdir == '/home/somebody/runs/x'

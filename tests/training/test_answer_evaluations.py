@@ -1,6 +1,8 @@
 """Evaluations of answers on a trained bundle against the bundle itself: choices, grammar, calibration, perplexity."""
 
 import json
+import os
+import signal
 
 import micro_config
 import numpy as np
@@ -13,7 +15,7 @@ from big_vlm.data import coordinates, transforms
 from big_vlm.evaluators import calibration as confidence
 from big_vlm.metrics import calibration
 from big_vlm.reports import report, sections
-from big_vlm.training import evaluation, evaluation_settings
+from big_vlm.training import evaluation, evaluation_settings, signals
 
 LOOKS = 'decode | resize(32)'
 COLOR = dict(
@@ -109,6 +111,12 @@ def test_answers_out_of_each_examples_own_set(evaluate, model, tmp_path):
     images = [tmp_path / f'{i}.png' for i in range(3)]
     assert said == [a.text for a in model.generate(images, 'which digit?', choices=sets, max_new_tokens=8)]
     assert all(text in allowed for text, allowed in zip(said, sets, strict=True))
+
+
+def test_it_stops_between_batches(evaluate):
+    with signals.catch(), pytest.raises(signals.Stopped):
+        os.kill(os.getpid(), signal.SIGTERM)
+        evaluate[1]('chosen')
 
 
 def test_answers_in_a_grammar(evaluate):

@@ -115,6 +115,22 @@ def test_it_is_counted_and_its_examples_are_named(tmp_path, capsys):
     assert len((tmp_path / 'bad_batches.jsonl').read_text().splitlines()) == 1
 
 
+def test_a_full_disk_ends_no_run_and_damages_no_line(tmp_path, file_limit, capsys):
+    file = tmp_path / 'bad.jsonl'
+    bad = guards.BadBatches(file, ['toy'], 9)
+    bad.see(1, np.nan, 1.0, None)
+    file_limit(file.stat().st_size + 3)
+    assert not bad.see(2, np.nan, 1.0, None)
+    assert 'step 2: the loss is nan' in (err := capsys.readouterr().err) and f'{file}: not written: File too' in err
+    file_limit(-1)
+    bad.see(3, np.nan, 1.0, None)
+    assert [json.loads(line)['step'] for line in file.read_text().splitlines()] == [1, 3]
+    file_limit(3)
+    with pytest.raises(UserError, match='not written'):
+        bad.rewind(1)
+    assert [json.loads(line)['step'] for line in file.read_text().splitlines()] == [1, 3]
+
+
 @pytest.mark.parametrize(
     ('limit', 'bad', 'told'),
     [

@@ -12,7 +12,7 @@ from big_vlm.checkpoints import load_weights
 from big_vlm.config import UserError
 from big_vlm.reports.writers import CsvWriter, read_csv
 from big_vlm.sharding.mesh import make_mesh
-from big_vlm.training import loop
+from big_vlm.training import loop, signals
 
 
 class Events:
@@ -25,8 +25,8 @@ class Events:
         self.seen.append(('log' if 'loss' in values else 'write', step))
         assert all(type(value) is float for value in values.values())
 
-    def rewind(self, step):
-        self.seen.append(('rewind', step))
+    def rewind(self, step, again=()):
+        self.seen.append(('rewind', step, *again))
 
     def batches(self, first):
         for i, batch in enumerate(batches(first)):
@@ -106,7 +106,7 @@ def test_an_evaluation_that_fails_costs_no_steps(tmp_path, mesh):
         loop.train(config, Toy(), batches, tmp_path, Events(), mesh=mesh, evaluate=failing)
     events = Events()
     loop.train(config, Toy(), events.batches, tmp_path, events, mesh=mesh, evaluate=events.evaluate)
-    assert events.seen[:4] == [('rewind', 2), ('often', 2), ('write', 2), ('fetch', 2)]
+    assert events.seen[:4] == [('rewind', 2, 'often'), ('often', 2), ('write', 2), ('fetch', 2)]
 
 
 def test_a_stop_postpones_the_evaluation(tmp_path, mesh):
@@ -126,12 +126,14 @@ def test_a_stop_postpones_the_evaluation(tmp_path, mesh):
     assert ('often', 2) in events.seen and ('often', 4) not in events.seen
     events = Events()
     loop.train(config, Toy(), batches, tmp_path, events, mesh=mesh, evaluate=events.evaluate)
-    assert events.seen[:3] == [('rewind', 4), ('often', 4), ('write', 4)]
+    assert events.seen[:3] == [('rewind', 4, 'often'), ('often', 4), ('write', 4)]
 
 
-@pytest.mark.parametrize('where', ['last batch', 'last evaluation'])
+@pytest.mark.parametrize(
+    'where', ['last batch', 'batch of the first evaluation', 'first evaluation', 'last evaluation']
+)
 def test_a_stop_at_the_end_is_not_lost(tmp_path, mesh, where):
-    """Or the next stage would start. Before the last evaluations it postpones them, during them it lets them finish."""
+    """Or the next stage would start. It postpones what is due, unless the last batch of all is done."""
     config = stage(4, evals=EVALS, checkpoint={'every': 100})
     events = Events()
 
@@ -142,18 +144,23 @@ def test_a_stop_at_the_end_is_not_lost(tmp_path, mesh, where):
             yield batch
 
     def evaluate(name, step, state):
-        if where == 'last evaluation' and name == 'last':
-            os.kill(os.getpid(), signal.SIGTERM)
+        if 'evaluation' in where and name == ('last' if where == 'last evaluation' else 'often'):
+            if step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if where == 'batch of the first evaluation':
+                signals.check()
         return events.evaluate(name, step, state)
 
     with pytest.raises(loop.Interrupted, match='stopped and saved at step 4'):
         loop.train(config, Toy(), stopping, tmp_path, events, mesh=mesh, evaluate=evaluate)
     made = [('often', 4), ('write', 4), ('last', 4), ('write', 4)]
-    assert events.seen[-4:] == made if where == 'last evaluation' else ('last', 4) not in events.seen
+    seen = [event for event in events.seen if event in made]
+    assert seen == made[: {'first evaluation': 2, 'last evaluation': 4}.get(where, 0)]
     events = Events()
     state = loop.train(config, Toy(), events.batches, tmp_path, events, mesh=mesh, evaluate=events.evaluate)
     assert state.step == 4
-    assert events.seen == [('rewind', 4), *([] if where == 'last evaluation' else made)]
+    again = [('rewind', 4)] if where == 'last evaluation' else [('rewind', 4, 'often', 'last'), *made]
+    assert events.seen == again
 
 
 def test_metrics_and_weights_it_leaves(tmp_path, mesh):

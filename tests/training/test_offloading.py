@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 from unittest import mock
@@ -21,7 +22,10 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.mark.slow
 def test_the_same_bits_also_when_it_is_resumed(tmp_path, capsys):
-    """On four devices; the second run is cut off after its third step and goes on from what the first one saved."""
+    """On four devices; the second run is cut off after its third step and goes on from what the first one saved.
+
+    And a run that begins to do so on the way, from its third step on.
+    """
     mesh = make_mesh(2, 2, 1, jax.devices()[:4])
     optimizer = {'lr': 0.2, 'warmup': {'percent': 10.0}, 'ema_decay': 0.9, 'clip': 1.0}
     changes = {'mesh': {'data': 2, 'fsdp': 2}, 'checkpoint': {'every': 3, 'keep': 2}}
@@ -42,8 +46,12 @@ def test_the_same_bits_also_when_it_is_resumed(tmp_path, capsys):
     waiting = {path for path, kind in kinds.items() if kind == 'pinned_host'}
     assert waiting == {path for path in kinds if path.startswith('opt_state/') and whole[path].ndim}
     assert len(waiting) == 4 and memory.offloaded(list(resumed.values())) == 4 * 2 * (32 + 4)
+    shutil.rmtree(tmp_path / 'whole' / 'checkpoints' / '5')
+    begun = train(tmp_path / 'whole', offload=True)
+    assert {path: leaf.sharding.memory_kind for path, leaf in begun.items()} == kinds
     for path, leaf in whole.items():
         np.testing.assert_array_equal(resumed[path], leaf, err_msg=path)
+        np.testing.assert_array_equal(begun[path], leaf, err_msg=path)
 
 
 def test_devices_without_such_memory_are_refused():

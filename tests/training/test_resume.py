@@ -126,6 +126,10 @@ def test_two_processes_stop_together_and_one_goes_on(whole, tmp_path):
         assert f'stopped and saved at step {last};' in out, (out, err)
     finish(start(workdir, 0))
     np.testing.assert_allclose(losses(workdir), losses(whole), rtol=1e-4)
+    # What befell the second process' examples counts too, and stays counted.
+    one, two = (read_csv(run / 'metrics.csv') for run in (whole, workdir))
+    assert two['images_replaced'] == one['images_replaced'] == [(n, float(n > 5)) for n in range(1, TOTAL + 1)]
+    assert two['examples_of_toy'] == one['examples_of_toy'] and one['examples_of_toy'][-1][1] == TOTAL * toy.BATCH
 
 
 @pytest.mark.slow

@@ -187,6 +187,7 @@ def test_where_it_runs_and_what_it_logs_may_change(another, tiny_digit_scenes, m
         pretrain__data__threads=1,
         transfer__accumulate=2,
         multimodal__model__remat='full',
+        multimodal__optimizer__offload=True,
     )
     stages.run(changed, another)
     assert json.loads((another / 'config.json').read_text())['pretrain']['mesh']['fsdp'] == 2

@@ -30,6 +30,23 @@ def batches(first, delay=0.0):
         step += 1
 
 
+class Rows:
+    """A process's rows of the batches. The last row of batch 5 is a replaced example."""
+
+    def __init__(self, first, delay, rows):
+        self._batches, self._rows, self._number = batches(first, delay), rows, first
+        self.replaced, self.by_source = 0, {'examples_of_toy': 0}
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.replaced += self._number == 5 and self._rows.stop == BATCH
+        self.by_source['examples_of_toy'] += self._rows.stop - self._rows.start
+        self._number += 1
+        return {key: value[self._rows] for key, value in next(self._batches).items()}
+
+
 def bad():
     return int(os.environ.get('BIG_VLM_TOY_BAD', 2**30))
 
@@ -91,14 +108,9 @@ def main():
     mesh = meshes.make_mesh(fsdp=2)
     index, count = meshes.data_shard(mesh)
     rows = slice(index * BATCH // count, (index + 1) * BATCH // count)
-
-    def own_batches(first):
-        for batch in batches(first, delay):
-            yield {key: value[rows] for key, value in batch.items()}
-
     writer = CsvWriter(workdir / 'metrics.csv') if jax.process_index() == 0 else MultiWriter()
     try:
-        state = loop.train(stage(total), Toy(), own_batches, workdir, writer, mesh=mesh)
+        state = loop.train(stage(total), Toy(), lambda first: Rows(first, delay, rows), workdir, writer, mesh=mesh)
     except loop.Interrupted as stopped:
         print(stopped)
         sys.exit(0)

@@ -241,10 +241,8 @@ class Evaluator:
 
     def _score(self, params: Any) -> Any:
         """(batch, table int32 [R, A, M] of its R real rows' choices) → float32 [R, A, M], see `decoding.scoring`."""
-        run, weights = (
-            self._once('score', lambda: make_score(self.task.predict)),
-            self.task.predict['decode_params'](params),
-        )
+        run = self._once('score', lambda: make_score(self.task.predict))
+        weights = self.task.predict['decode_params'](params)
 
         def score(batch, table):
             filling = np.repeat(table[:1], len(batch['segment']) - len(table), axis=0)

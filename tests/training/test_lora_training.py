@@ -212,7 +212,7 @@ def test_adapters_are_there_whole_or_not_at_all(tmp_path, monkeypatch):
     }
 
 
-@pytest.mark.parametrize('kind', ['bfloat16', 'int8', 'int4'])
+@pytest.mark.parametrize('kind', [pytest.param('bfloat16', marks=pytest.mark.slow), 'int8', 'int4'])
 def test_a_bundle_is_summed_on_the_host_matrix_by_matrix(tmp_path, kind, monkeypatch):
     """Which makes what a device would; several processes do it there."""
     rng = np.random.default_rng(0)

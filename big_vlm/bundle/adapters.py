@@ -1,4 +1,4 @@
-"""LoRA adapters alone, as a small folder, and onto the bundle that they belong to.
+"""LoRA adapters alone, as a small folder, in the bundle of their stage, and onto the bundle that they belong to.
 
   adapters.json     format, versions, the stage's config
   weights/          the factors and scales, and what else was trained
@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 import big_vlm
 from big_vlm import config
@@ -50,6 +51,27 @@ def save(path: str | os.PathLike, params: Any, stage: config.Stage) -> None:
                 'stage': config.to_dict(stage),
             }
             (temporary / _FILE).write_text(json.dumps(description, indent=2) + '\n', encoding='utf-8')
+
+
+def merged(params: Any) -> Any:
+    """Parameters of a stage with LoRA as a bundle holds them: adapters added to their matrices, narrow ones float32.
+
+    One process makes each matrix when it is written, on the host, and drops it (`weights.Unread`): beside the state of
+    training, a device may have no room for all. Several do it on the devices, each of which has a part. Without
+    adapters the parameters come back as they are.
+    """
+    leaves = trees.flat(params)
+    if not any(lora.is_beside(name) for name in leaves):
+        return params
+    if jax.process_count() > 1:
+        return lora.whole(params)
+
+    def unread(name: str) -> weights.Unread:
+        parts = {name + end: leaves[name + end] for end in ('', *lora.BESIDE) if name + end in leaves}
+        dtype = np.dtype(np.float32) if len(parts) > 1 else leaves[name].dtype
+        return weights.Unread(leaves[name].shape, dtype, lambda: lora.matrix(jax.device_get(parts), name))
+
+    return trees.nested({name: unread(name) for name in leaves if not lora.is_beside(name)})
 
 
 def read(path: str | os.PathLike, stage: config.Stage, shapes: Mapping[str, Any]) -> dict[str, Any]:

@@ -135,7 +135,7 @@ def _functions(model: Bundle, max_new_tokens: int) -> tuple[_Arrays, dict[str, t
             'embed_text': (embed_text, text),
         }
 
-    structure = jax.jit(predict['decode_params'])(model.params)
+    structure = predict['decode_params'](model.params)
     length = contract.image_tokens + contract.text_length
     cache_size = length + max_new_tokens
 

@@ -311,7 +311,7 @@ class Bundle:
             raise UserError(f'this bundle is {self.stage.task} and cannot {what}: that takes {other[task]}')
 
     def _decode_params(self) -> Any:
-        return self._once('decode_params', lambda: jax.jit(self.task.predict['decode_params'])(self.params))
+        return self._once('decode_params', lambda: self.task.predict['decode_params'](self.params))
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self._compiled:

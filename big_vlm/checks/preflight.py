@@ -89,7 +89,8 @@ def measure(
         shapes = steps.param_shapes(task)
     # How long an epoch is, and how many batches make it, changes constants of the schedule alone.
     tx, info = loop.make_optimizer(stage, shapes, loop.any_epoch(stage), where)
-    state = steps.abstract_state(task, tx, mesh, **loop.state_options(stage))
+    with config.located(f'{where}.mesh.rules'):
+        state = steps.abstract_state(task, tx, mesh, **loop.state_options(stage, info))
     batch = abstract_batch(stage, contract, mesh, batch_size)
     parts = memory.parts(state, batch, info.trainable)
     step = loop.make_step(stage, task, tx, info, mesh, state).lower(state, batch)

@@ -40,6 +40,9 @@ class Mesh:
     data: int = -1  # batch shards with a full copy of the weights
     fsdp: int = 1  # batch shards among which each weight is split
     model: int = 1  # split inside layers (heads, mlp, vocabulary)
+    # (regex over the whole path, an axis or None for each of the last dimensions): the first match goes before the
+    # rules of sharding/rules.py, and what it leaves whole may be split along fsdp by its size.
+    rules: tuple[tuple[str, tuple[str | None, ...]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -260,7 +263,7 @@ class Optimizer:
     cooldown: Duration = Duration()  # linear, to 0 at the end; of 'constant' and 'rsqrt'
     timescale: Duration = Duration()  # of rsqrt, 1 / sqrt(1 + (step - warmup) / timescale); none: the warmup
     rules: tuple[tuple[str, ParamRule], ...] = ()  # (regex over the whole path, dict); the first match wins
-    ema_decay: Amount = 0.0  # moving average of the parameters, per step; 0: none is kept
+    ema_decay: Amount = 0.0  # moving average of the parameters that are trained, per step; 0: none is kept
     ema_warmup: bool = False  # the decay of step t is at most (1 + t) / (10 + t), so that the start is soon forgotten
     ema_use: Literal['average', 'last'] = 'average'  # what is evaluated and bundled; 'last' keeps it in checkpoints
 

@@ -17,6 +17,7 @@ layout, and stacks of layers are adapted layer by layer.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import zlib
@@ -26,6 +27,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 
 from big_vlm import config
@@ -134,19 +136,18 @@ def match(lora: config.Lora, paths: Mapping[str, Any]) -> dict[str, config.LoraR
 def merge(params: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters with the adapters added to their matrices, narrow ones as float32: a model as without LoRA."""
     leaves = traverse_util.flatten_dict(params, sep='/')
-    merged = {}
-    for path, leaf in leaves.items():
-        if not is_beside(path):
-            beside = {end: leaves[path + end] for end in BESIDE if path + end in leaves}
-            merged[path] = _merged(leaf, beside)
+    merged = {path: matrix(leaves, path) for path in leaves if not is_beside(path)}
     return traverse_util.unflatten_dict(merged, sep='/')
 
 
+def matrix(leaves: Mapping[str, Any], path: str) -> Any:
+    """Of leaves by path, on a device or all of numpy, the one at `path` with what is beside it: then float32."""
+    return _merged(leaves[path], {end: leaves[path + end] for end in BESIDE if path + end in leaves})
+
+
 def whole(params: Any) -> Any:
-    """`merge` of arrays on devices, placed like the matrices; parameters without adapters come back as they are."""
+    """`merge` of arrays on devices, placed like the matrices."""
     paths = traverse_util.flatten_dict(params, sep='/')
-    if not any(is_beside(path) for path in paths):
-        return params
     shardings = {path: leaf.sharding for path, leaf in paths.items() if not is_beside(path)}
     return jax.jit(merge, out_shardings=traverse_util.unflatten_dict(shardings, sep='/'))(params)
 
@@ -199,11 +200,13 @@ def _merged(weight: jax.Array, beside: Mapping[str, jax.Array]) -> jax.Array:
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     """Sum over the last axis of the two, which broadcast elsewhere; as matrix products, one for each of a stack."""
     letters = 'abcdefgh'[: a.ndim - 1]
-    shape = jnp.broadcast_shapes(a.shape[:-1], b.shape[:-1])
+    shape = np.broadcast_shapes(a.shape[:-1], b.shape[:-1])
     of_a, of_b = (''.join(x for x, n in zip(letters, leaf.shape, strict=False) if n > 1) for leaf in (a, b))
     a, b = (leaf.reshape([n for n in leaf.shape[:-1] if n > 1] + [leaf.shape[-1]]) for leaf in (a, b))
     out = ''.join(x for x in letters if x in of_a + of_b)
-    return jnp.einsum(f'{of_a}r,{of_b}r->{out}', a, b).reshape(shape)
+    # Not optimised, numpy takes some ten times as long.
+    einsum = functools.partial(np.einsum, optimize=True) if isinstance(a, np.ndarray) else jnp.einsum
+    return einsum(f'{of_a}r,{of_b}r->{out}', a, b).reshape(shape)
 
 
 def _near(pattern: str, paths: list[str]) -> str:

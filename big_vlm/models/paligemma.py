@@ -276,9 +276,9 @@ def pool(patches: jax.Array, tokens: int) -> jax.Array:
     return einops.reduce(patches, 'B (h y w x) D -> B (h w) D', 'mean', **names)
 
 
-def unstack_layers(params: dict) -> dict:
-    """Parameters for `prefill` and `decode_step`: the decoder's layers one by one. Copies them: do it once."""
-    return {**params, 'llm': gemma.unstack_layers(params['llm'])}
+def unstack_layers(params: dict, dtype: jnp.dtype = jnp.float32) -> dict:
+    """Parameters for `prefill` and `decode_step`: the decoder's layers one by one, see `gemma.unstack_layers`."""
+    return {**params, 'llm': gemma.unstack_layers(params['llm'], dtype)}
 
 
 def from_config(model: config.Model, *, image_size: int, vocab_size: int, max_patches: int = 0) -> PaliGemma:

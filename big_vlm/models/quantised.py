@@ -147,10 +147,10 @@ def narrow(weight: jax.Array, inputs: tuple[int, ...], kind: str) -> tuple[jax.A
 
 
 def wide(values: jax.Array, scale: jax.Array) -> jax.Array:
-    """float32 of what `narrow` gave."""
+    """float32 of what `narrow` gave, on a device or in numpy."""
     for axis, (size, count) in enumerate(zip(values.shape, scale.shape, strict=True)):
         if 1 < count < size:
-            scale = jnp.repeat(scale, size // count, axis)
+            scale = scale.repeat(size // count, axis)
     return values.astype(jnp.float32) * scale.astype(jnp.float32)
 
 

@@ -151,6 +151,8 @@ def _fit(rule, shape, mesh, where):
     for axis, size in zip(spec, shape, strict=True):
         if axis is None:
             continue
+        if spec.count(axis) > 1:
+            raise UserError(f'{where}: the spec {rule} names {axis!r} twice, and an axis splits one dimension')
         if axis not in mesh.shape:
             raise unknown('mesh axis', axis, mesh.axis_names, where=where)
         if size % mesh.shape[axis]:

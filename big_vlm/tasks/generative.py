@@ -117,7 +117,8 @@ class Generative:
     def predict(self) -> dict[str, Callable[..., Any]]:
         """Pure functions. Weights are parameters and, under their modules' names, running statistics.
 
-        decode_params(weights): the weights that `prefill` and `decode_step` take, layer by layer; make them once.
+        decode_params(weights): the weights that `prefill` and `decode_step` take, layer by layer, with adapters of LoRA
+          added in the dtype of activations; make them once. It is compiled: `jax.jit` would copy what stays the same.
         encode(decode_params, batch) → a pytree with leading axis [B], what the images alone decide
         prefill(decode_params, batch, cache_size, ahead=0) → (logits float32 [B,V] after each prompt, KVCache). A batch
           may have `encoded`, as `encode` made it of the same images, in the place of its images.
@@ -128,6 +129,9 @@ class Generative:
         token_scores(weights, batch) → float32 [B,t], of each text slot; 0 where it is not supervised
         attention(weights, batch) → float32 [L,B,N,T,T], what every token attends to
         """
+
+        def decode_params(weights):
+            return paligemma.unstack_layers(weights, self.dtype)
 
         def encode(params, batch):
             return self.model.encode(params, *self._inputs(batch), alone=self.contract.image_alone)
@@ -154,7 +158,7 @@ class Generative:
             return self.model.apply(weights, *self._inputs(batch), attention=True)[1]['attention']
 
         return {
-            'decode_params': paligemma.unstack_layers,
+            'decode_params': decode_params,
             'encode': encode,
             'prefill': prefill,
             'decode_step': decode_step,

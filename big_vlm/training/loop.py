@@ -134,7 +134,7 @@ def train(
     watchdog = guards.Watchdog(stage.guards.watchdog_minutes)
     tracing = profile.capture(pathlib.Path(workdir) / 'profile', stage.profile)
     with _checkpointer(stage, workdir) as saver, signals.catch() as stop, watchdog, tracing as trace:
-        state, past = _start(stage, task, tx, mesh, saver, initial_params, overwritten, extra, initial_state)
+        state, past = _start(stage, task, tx, info, mesh, saver, initial_params, overwritten, extra, initial_state)
         train_step = make_step(stage, task, tx, info, mesh, state)
         peak = throughput.peak_flops(mesh)
         memory_told = False
@@ -221,13 +221,14 @@ def train(
             except guards.Astray as astray:
                 rollbacks = _go_back(astray, past, saver, stage.guards.rollbacks)
             # Only here, where the state that went astray is no longer held by what was raised.
-            state, past = _start(stage, task, tx, mesh, saver, None, (), extra)
+            state, past = _start(stage, task, tx, info, mesh, saver, None, (), extra)
             past = dataclasses.replace(past, rollbacks=rollbacks)
 
 
-def state_options(stage: Stage) -> dict[str, bool]:
+def state_options(stage: Stage, info: optimizer.Info) -> dict[str, Any]:
     """Those of `step.abstract_state` and `step.init_state`."""
-    return dict(ema=stage.optimizer.ema_decay > 0, offload=stage.optimizer.offload)
+    averaged = info.trainable if stage.optimizer.ema_decay else None
+    return dict(averaged=averaged, offload=stage.optimizer.offload, own_rules=stage.mesh.rules)
 
 
 def make_step(
@@ -279,6 +280,7 @@ def _start(
     stage: Stage,
     task: steps.Task,
     tx: optax.GradientTransformation,
+    info: optimizer.Info,
     mesh: Mesh,
     saver: Checkpointer,
     initial_params: Callable[[Any], Any] | None,
@@ -287,7 +289,7 @@ def _start(
     initial_state: Callable[[TrainState], TrainState] | None = None,
 ) -> tuple[TrainState, Past]:
     """Of the newest checkpoint, or of the beginning."""
-    options = state_options(stage)
+    options = state_options(stage, info)
     if saver.latest_step() is not None:
         state, stored = saver.restore(steps.abstract_state(task, tx, mesh, **options))
         now = _as_json(extra)
@@ -305,8 +307,8 @@ def _start(
     if initial_params is not None:
         weights = trees.flat(initial_params(tasks.weights(state.params, state.stats)))
         params, stats = (trees.like(part, trees.flat(part) | weights) for part in (state.params, state.stats))
-        averages = jax.tree.map(jax.numpy.copy, params) if options['ema'] else None
-        state = TrainState(state.step, params, stats, state.opt_state, averages)
+        ema = jax.tree.map(jax.numpy.copy, steps.first_averages(options['averaged'], params))
+        state = TrainState(state.step, params, stats, state.opt_state, ema)
     return state, Past()
 
 

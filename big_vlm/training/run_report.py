@@ -16,6 +16,7 @@ from PIL import Image
 
 from big_vlm import bundle, config
 from big_vlm.bundle import Bundle
+from big_vlm.checkpoints import trees
 from big_vlm.config import Eval, Stage
 from big_vlm.data import coordinates, naflex, prompts
 from big_vlm.evaluators import answer_metrics, generation
@@ -33,7 +34,8 @@ def make(
 ) -> tuple[pathlib.Path, dict[str, str]]:
     """Writes WORKDIR/report.html from the stages' folders and bundles, and beside each bundle an image to try it on.
 
-    Returns the report's path, and {what for: command line} to talk to the models.
+    Pictures that cannot be made, for want of memory or of data, are left out, with a line here and on the page. Returns
+    the report's path, and {what for: command line} to talk to the models.
     """
     workdir = pathlib.Path(workdir)
     scores: dict[str, Any] = {}
@@ -46,20 +48,21 @@ def make(
         steps = max((step for column in rows.values() for step, _ in column), default=0)
         facts = {'task': stage.task, 'steps': f'{steps:,}', 'batch': str(stage.batch_size)}
         curves.append(report.Stage(name, rows, facts))
-        model = bundle.load(bundles[name])
-        parameters[f'{name}: parameters'] = f'{sum(x.size for x in jax.tree.leaves(model.params)):,}'
-        if stage.task == 'contrastive':
-            drawn['similarity'] = _similarity(model, stage) or drawn['similarity']
-        elif stage.task == 'generative':
-            talked = len(drawn['answers'])
-            _talk(model, stage, folder, drawn)
-            for which in stage.evals:
-                if (file := folder / f'calibration_{which}.json').is_file():
-                    drawn['calibration'].append(report.Calibration(f'{name}: {which}', **json.loads(file.read_text())))
-            for answer in drawn['answers'][talked : talked + 1]:
-                Image.fromarray(answer.image).save(folder / 'example.png')
-                words = (str(bundles[name]), f'--image={folder / "example.png"}', f'--prompt={answer.prompt}')
-                commands[f'ask {name}'] = shlex.join(['python', '-m', 'tools.generate', *words])
+        described = json.loads((bundles[name] / 'bundle.json').read_text(encoding='utf-8'))
+        parameters[f'{name}: parameters'] = f'{described["parameters"]:,}'
+        for which in stage.evals:
+            if (file := folder / f'calibration_{which}.json').is_file():
+                drawn['calibration'].append(report.Calibration(f'{name}: {which}', **json.loads(file.read_text())))
+        talked = len(drawn['answers'])
+        try:
+            _draw(bundles[name], stage, folder, drawn)
+        except Exception as error:  # of whatever kind: the scores are worth a page without it
+            facts['pictures'] = f'not all could be made: {trees.one_line(error)}'
+            workdirs.say(f'{name}: pictures of the report {facts["pictures"]}')
+        for answer in drawn['answers'][talked : talked + 1]:
+            Image.fromarray(answer.image).save(folder / 'example.png')
+            words = (str(bundles[name]), f'--image={folder / "example.png"}', f'--prompt={answer.prompt}')
+            commands[f'ask {name}'] = shlex.join(['python', '-m', 'tools.generate', *words])
     path = workdir / 'report.html'
     report.write(
         path,
@@ -75,6 +78,24 @@ def make(
         ),
     )
     return path, commands
+
+
+def _draw(path: pathlib.Path, stage: Stage, folder: pathlib.Path, drawn: dict[str, Any]) -> None:
+    """The pictures of one stage, those first that take no weights.
+
+    Weights lie in parts on all devices of this process: the model may be too large for one of them.
+    """
+    devices = jax.local_devices()
+    mesh = meshes.make_mesh(data=1, fsdp=len(devices), devices=devices)
+    if stage.task == 'contrastive':
+        drawn['similarity'] = _similarity(bundle.load(path, mesh=mesh), stage) or drawn['similarity']
+    elif stage.task == 'generative':
+        trained, contract, tokenizer, _ = bundle.read(path)
+        looks = _talk(Bundle(trained, contract, tokenizer, None, mesh), stage, folder, drawn)
+        if looks := looks[: 3 - len(drawn['attention'])]:
+            model = bundle.load(path, mesh=mesh)
+            attend = jax.jit(model.task.predict['attention'])
+            drawn['attention'] += [_attention(model, attend, *look) for look in looks]
 
 
 def _examples(model: Bundle, stage: Stage, settings: Eval, count: int) -> list[tuple[np.ndarray, dict[str, Any]]]:
@@ -109,14 +130,17 @@ def _similarity(model: Bundle, stage: Stage) -> report.Similarity | None:
     return report.Similarity(z['image'] @ z['text'].T, images, captions)
 
 
-def _talk(model: Bundle, stage: Stage, folder: pathlib.Path, drawn: dict[str, Any]) -> None:
-    """The first answers of every generative evaluation, as it stored them, and the attention of some of them.
+def _talk(
+    model: Bundle, stage: Stage, folder: pathlib.Path, drawn: dict[str, Any]
+) -> list[tuple[np.ndarray, str, str]]:
+    """The first answers of every generative evaluation, as it stored them; needs no weights.
 
-    Of several images, the first; a decoder alone has nothing to show.
+    Of several images, the first; a decoder alone has nothing to show. Returns (image, prompt, answer) of the first of
+    each whose attention can be shown.
     """
+    looks = []
     if not model.contract.image_tokens:
-        return
-    attend = jax.jit(model.task.predict['attention'])
+        return looks
     for name, settings in stage.evals.items():
         file = folder / f'predictions_{name}.jsonl'
         if settings.kind != 'generation' or not file.is_file():
@@ -134,11 +158,12 @@ def _talk(model: Bundle, stage: Stage, folder: pathlib.Path, drawn: dict[str, An
             found, true = _boxes(answer), _boxes(truth)
             note = f'IoU {score:.2f}' if len(true) and metric.name == 'box_iou' else ''
             drawn['answers'].append(report.Answer(image, prompt, answer, truth, correct, found, true, note))
-            if len(drawn['attention']) < 3 and entry is said[0] and model.contract.images == 1:
-                drawn['attention'].append(_attention(model, attend, image, prompt, answer))
+            if entry is said[0] and model.contract.images == 1:
+                looks.append((image, prompt, answer))
             if drawn['patches'] is None:
                 size = model.task.model.img.sizes['patch_size']
                 drawn['patches'] = report.Patches(image, (image.shape[0] // size, image.shape[1] // size), size)
+    return looks
 
 
 def _boxes(text: str) -> np.ndarray:

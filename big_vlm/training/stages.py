@@ -28,9 +28,9 @@ from big_vlm.data import loader, packing, sources, transforms
 from big_vlm.data.contract import Contract
 from big_vlm.data.tokenizer import Tokenizer
 from big_vlm.interop import mask_codes
-from big_vlm.models import lora
 from big_vlm.reports import writers
 from big_vlm.sharding import mesh as meshes
+from big_vlm.sharding import rules
 from big_vlm.training import (
     accumulation,
     evaluation,
@@ -74,9 +74,11 @@ def check(stages: Mapping[str, Stage]) -> None:
             task = tasks.make(stage, draft_contract(stage, vocab_sizes[name]), mesh)
             params, stats = steps.init_shapes(task)
             shapes[name] = tasks.weights(params, stats)
-        tx, _ = loop.make_optimizer(stage, params, loop.any_epoch(stage), where)
+        with config.located(f'{where}.mesh.rules'):
+            rules.param_shardings(params, mesh, stage.mesh.rules)
+        tx, info = loop.make_optimizer(stage, params, loop.any_epoch(stage), where)
         initial_weights.check(stages, shapes, name, where)
-        states[name] = functools.partial(steps.abstract_state, task, tx, mesh, **loop.state_options(stage))
+        states[name] = functools.partial(steps.abstract_state, task, tx, mesh, **loop.state_options(stage, info))
         if stage.init_from.state:
             init = stage.init_from.stage
             initial_state.check(states[init](), states[name](), f'{where}.init_from: {init}')
@@ -193,9 +195,9 @@ def run_stage(
     evaluator = evaluation.Evaluator(stage, task, contract, tokenizer, mesh, folder)
 
     def evaluate(which: str, step: int, state: Any) -> dict[str, float]:
-        trained = lora.whole(_trained(stage, state))
+        weights = tasks.weights(_trained(stage, state), state.stats)
         # At the end what cannot be written is evaluated once more; before, the run goes on without it.
-        scores = _evaluate(evaluator, which, tasks.weights(trained, state.stats), folder, where, must=step == total)
+        scores = _evaluate(evaluator, which, weights, folder, where, must=step == total)
         return {f'{which}/{metric}': entry['score'] for metric, entry in scores.items()}
 
     writer = writers.MultiWriter(*(_writers(name, stage, folder, total) if first else []))
@@ -226,7 +228,7 @@ def run_stage(
     if stage.lora.rules:
         bundle.adapters.save(folder / 'adapters', _trained(stage, state), stage)
     alone = dataclasses.replace(stage, lora=config.Lora())
-    bundle.save(folder / 'bundle', lora.whole(_trained(stage, state)), alone, contract, tokenizer, **of_run)
+    bundle.save(folder / 'bundle', bundle.adapters.merged(_trained(stage, state)), alone, contract, tokenizer, **of_run)
     workdirs.say(f'{name}: done in {(time.time() - began) / 60:.1f} min, {folder / "bundle"}')
 
 
@@ -246,7 +248,7 @@ def _writers(name: str, stage: Stage, folder: pathlib.Path, total: int) -> Itera
 
 def _trained(stage: Stage, state: TrainState) -> Any:
     """The parameters to evaluate and keep."""
-    return state.params if state.ema is None or stage.optimizer.ema_use == 'last' else state.ema
+    return state.params if stage.optimizer.ema_use == 'last' else state.averaged
 
 
 def _evaluate(

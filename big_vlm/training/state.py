@@ -5,6 +5,8 @@ from typing import Any
 import jax
 from flax import struct
 
+from big_vlm.checkpoints import trees
+
 
 @struct.dataclass
 class TrainState:
@@ -17,4 +19,9 @@ class TrainState:
     params: Any  # nested dicts of float arrays
     stats: Any  # nested dicts; {} without BatchNorm or codebooks
     opt_state: Any  # optax
-    ema: Any = None  # like params, or None
+    ema: Any = None  # nested dicts of the averages of what is trained, or None
+
+    @property
+    def averaged(self) -> Any:
+        """The parameters, with averages in the place of those that have one: what is frozen is its own."""
+        return trees.like(self.params, trees.flat(self.params) | trees.flat(self.ema))

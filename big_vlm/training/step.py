@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import types
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -40,19 +40,41 @@ def param_shapes(task: Task) -> Any:
 
 
 def abstract_state(
-    task: Task, tx: optax.GradientTransformation, mesh: Mesh, *, ema: bool = False, offload: bool = False
+    task: Task,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    averaged: Any = None,
+    offload: bool = False,
+    own_rules: Sequence[rules.Rule] = (),
 ) -> TrainState:
     """Shapes, dtypes and shardings of the whole state: what a checkpoint is restored onto.
 
-    `offload`: the optimizer's arrays are in the host's memory, see `offloading`.
+    Args:
+      task, tx, mesh: whose state, and where.
+      averaged: marks those of the parameters that have a moving average, `Info.trainable`; None: there are none.
+      offload: the optimizer's arrays are in the host's memory, see `offloading`.
+      own_rules: of `sharding.rules.param_shardings`, whose errors it raises.
     """
     params, stats = init_shapes(task)
     opt_state = jax.eval_shape(tx.init, params)
-    shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, stats, opt_state, params if ema else None)
-    shardings = rules.state_shardings(shapes, rules.param_shardings(shapes.params, mesh), mesh)
+    ema = first_averages(averaged, params)
+    shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, stats, opt_state, ema)
+    shardings = rules.state_shardings(shapes, rules.param_shardings(params, mesh, own_rules), mesh)
     if offload:
         shardings = shardings.replace(opt_state=offloading.on_host(shardings.opt_state, shapes.opt_state))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def first_averages(averaged: Any, params: Any) -> Any:
+    """What the moving averages of parameters, or of their shapes, begin as: nested dicts of those that are marked.
+
+    What is frozen is its own average and needs no copy. None where `averaged` is.
+    """
+    if averaged is None:
+        return None
+    marks = trees.flat(averaged)
+    return trees.nested({path: x for path, x in trees.flat(params).items() if marks[path]})
 
 
 def init_state(
@@ -61,19 +83,19 @@ def init_state(
     mesh: Mesh,
     seed: int,
     *,
-    ema: bool = False,
-    offload: bool = False,
+    averaged: Any = None,
     zeros: Collection[str] = (),
+    **placed: Any,
 ) -> TrainState:
     """The state before the first step; each parameter is made where it lives, none is ever whole on one device.
 
     The values depend on `seed` alone, not on the mesh. Parameters whose path is in `zeros` are left at zero, for a
-    caller who has others for them: what draws random numbers takes longest to compile.
+    caller who has others for them: what draws random numbers takes longest to compile. The rest as in `abstract_state`.
     """
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(task, tx, mesh, ema=ema, offload=offload))
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(task, tx, mesh, averaged=averaged, **placed))
     # Runs once: on CPU, optimising it takes twice as long as not to (measured, 13 s and 6 s for two small towers).
     options = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else {}
-    init = jax.jit(lambda key: _init(task, tx, key, ema, zeros), out_shardings=shardings, compiler_options=options)
+    init = jax.jit(lambda key: _init(task, tx, key, averaged, zeros), out_shardings=shardings, compiler_options=options)
     with jax.set_mesh(mesh):
         return init(jax.random.key(seed))
 
@@ -117,7 +139,7 @@ def make_train_step(
       state: a state or an abstract one; its shardings are those of the result.
       seed: of the step's random key, `fold_in(seed, step)`.
       accumulate: micro-batches that a batch is computed in, see `accumulation`.
-      ema_decay: of `state.ema`, where the state has one.
+      ema_decay: of `state.ema`, where the state has one; it is of what `info` marks as trained.
       skip: a batch whose loss or gradient is not finite leaves the state as it was in every bit, schedules included;
         `step` alone goes on, as it is the position in the data.
       ema_warmup: at most (1 + t) / (10 + t) at step t = 0, 1, … (`num_updates` of TensorFlow's average).
@@ -142,14 +164,14 @@ def make_train_step(
 
 
 def _init(
-    task: Task, tx: optax.GradientTransformation, key: jax.Array, ema: bool, zeros: Collection[str] = ()
+    task: Task, tx: optax.GradientTransformation, key: jax.Array, averaged: Any, zeros: Collection[str]
 ) -> TrainState:
     params, stats = task.init(key)
     kept = {path: jnp.zeros_like(x) if path in zeros else x for path, x in trees.flat(params).items()}
     params = trees.like(params, kept)
     # A copy: two leaves of a donated state must not share a buffer.
-    averages = jax.tree.map(jnp.copy, params) if ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, stats, tx.init(params), averages)
+    ema = jax.tree.map(jnp.copy, first_averages(averaged, params))
+    return TrainState(jnp.zeros((), jnp.int32), params, stats, tx.init(params), ema)
 
 
 def _step(
@@ -174,11 +196,12 @@ def _step(
         updates, opt_state = tx.update(_with(trainable, grads, zeros), opt_state, whole)
         updates = _trained(trainable, updates)
         params = _trained(trainable, constrain(_with(trainable, optax.apply_updates(params, updates), state.params)))
-        ema = [ema_decay * average + (1 - ema_decay) * p for average, p in zip(ema, params, strict=False)]
+        pairs = zip(ema, params, strict=True) if ema else ()
+        ema = [ema_decay * average + (1 - ema_decay) * p for average, p in pairs]
         return params, opt_state, ema, updates
 
-    # What is frozen stays the same bits, and in its averages.
-    old = _trained(trainable, state.params), state.opt_state, _trained(trainable, state.ema)
+    # What is frozen stays the same bits, and has no average.
+    old = _trained(trainable, state.params), state.opt_state, jax.tree.leaves(state.ema)
     if skip:
         # A branch writes the new state over the old, and the updates over the gradients, which the other one passes on.
         # To choose between two states afterwards, both have to be there.
@@ -189,7 +212,7 @@ def _step(
     else:
         params, opt_state, ema, updates = update(*old, grads)
         update_norm = global_norm(updates)
-    params, ema = _with(trainable, params, state.params), _with(trainable, ema, state.ema)
+    params, ema = _with(trainable, params, state.params), jax.tree.unflatten(jax.tree.structure(state.ema), ema)
     new = TrainState(state.step + 1, params, stats, opt_state, ema)
     metrics = {
         **metrics,
@@ -227,12 +250,12 @@ def _value_and_grad(task: Task, accumulate: int, trainable: Any) -> accumulation
 
 
 def _trained(trainable: Any, tree: Any) -> list[jax.Array]:
-    """The leaves that are trained; none of no tree."""
-    leaves = jax.tree.leaves(tree)
-    return [leaf for leaf, trained in zip(leaves, jax.tree.leaves(trainable), strict=True) if trained] if leaves else []
+    """The leaves that are trained."""
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(trainable), strict=True)
+    return [leaf for leaf, trained in pairs if trained]
 
 
 def _with(trainable: Any, leaves: list[jax.Array], tree: Any) -> Any:
     """`tree` with these leaves for those that are trained."""
     rest = iter(leaves)
-    return tree and jax.tree.map(lambda x, trained: next(rest) if trained else x, tree, trainable)
+    return jax.tree.map(lambda x, trained: next(rest) if trained else x, tree, trainable)

@@ -175,6 +175,16 @@ def test_a_narrow_base_computes_what_its_sum_does(kind, base):
         assert 0 < worst < (1 / 100 if kind == 'int8' else 1 / 6), path
     np.testing.assert_allclose(logits(decoder(), params), logits(decoder(), lora.merge(params)), atol=1e-6)
 
+    params = adapted(base, Lora(rules=EVERYTHING.rules, base_dtype=kind))
+    dense, layers = trees.flat(lora.merge(params)), gemma.unstack_layers(params, jnp.bfloat16)['layers']
+    for path in PATTERNS:
+        node = layers[1]
+        for key in path.split('/')[1:]:
+            node = node[key]
+        expected = matrices.OutputsFirst.of(dense[path][1], matrices.axes(path)).values
+        assert node.values.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.float32(node.values), expected, rtol=2**-8, atol=1e-6, err_msg=path)
+
 
 def test_an_int8_base_is_near_and_each_output_has_its_scale(base):
     params = lora.add(base, Lora(rules=EVERYTHING.rules, base_dtype='int8'), jax.random.key(0))
@@ -186,3 +196,23 @@ def test_an_int8_base_is_near_and_each_output_has_its_scale(base):
         assert (np.abs(found - w) <= step / 2 + 1e-6).all()
     assert leaves['embedder/input_embedding'].dtype == jnp.bfloat16
     assert leaves['final_norm/scale'].dtype == jnp.float32
+
+
+@pytest.mark.parametrize('kind', ['bfloat16', pytest.param('int8', marks=pytest.mark.slow)])
+def test_to_decode_takes_the_layers_in_the_dtype_of_activations_and_one_in_float32(kind):
+    """Beside the base; as the compiler tells, when it orders a program by its memory, as those of accelerators do."""
+    model = decoder(width=64, depth=4, mlp_dim=256, head_dim=16)
+
+    def make(rng):
+        base = gemma.init(model, rng)
+        return base, lora.add(base, Lora(rules=EVERYTHING.rules, base_dtype=kind), rng)
+
+    base, params = (trees.flat(tree) for tree in jax.eval_shape(make, jax.random.key(0)))
+    count = sum(leaf.size for path, leaf in base.items() if matrices.axes(path))
+    stored = sum(leaf.size * leaf.dtype.itemsize for path, leaf in params.items() if path in base)
+    assert stored < (1.1 if kind == 'int8' else 2.1) * count + 2**13
+    lowered = jax.jit(gemma.unstack_layers, static_argnums=1).lower(trees.nested(params), jnp.bfloat16)
+    scheduler = {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'}
+    memory = lowered.compile(compiler_options=scheduler).memory_analysis()
+    assert 2 * count < memory.output_size_in_bytes < 2 * count + 2**13
+    assert memory.temp_size_in_bytes < 4 * count / 4

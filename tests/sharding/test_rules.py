@@ -105,6 +105,7 @@ def test_own_rules_come_first(mesh):
         (('head/kernel', ('modle',)), "did you mean 'model'"),
         (('head/kernel', ('model', None)), 'dimension 7 does not divide by mesh.model=2'),
         (('head/kernel', (None, None, 'model')), '3 entries, the parameter 2 dimensions'),
+        (('head/kernel', ('model', 'model')), "names 'model' twice"),
     ],
 )
 def test_own_rules_that_cannot_hold(mesh, rule, message):

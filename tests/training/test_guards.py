@@ -46,11 +46,11 @@ def run(request):
     mesh = make_mesh(fsdp=2, devices=jax.devices()[:2])
     config = Optimizer(name=request.param, lr=0.1, weight_decay=0.1, warmup=Duration(steps=3), ema_decay=0.9)
     tx, info = optimizer.make(config, 10, step.param_shapes(Edge()))
-    abstract = step.abstract_state(Edge(), tx, mesh, ema=True)
+    abstract = step.abstract_state(Edge(), tx, mesh, averaged=info.trainable)
     train_step = step.make_train_step(Edge(), tx, info, mesh, abstract, 0, ema_decay=0.9)
 
     def run(some):
-        state, rows = step.init_state(Edge(), tx, mesh, seed=1, ema=True), []
+        state, rows = step.init_state(Edge(), tx, mesh, seed=1, averaged=info.trainable), []
         for batch in some:
             state, metrics = train_step(state, put_batch(batch, mesh))
             rows.append({name: float(value) for name, value in metrics.items()})

@@ -69,8 +69,8 @@ def test_two_halves_are_one_run(low, mesh, tmp_path):
 
 def test_positions_and_what_belongs_to_them_are_resized(low, mesh):
     config = settings(4, 0.5, 1.0)
-    tx, _ = optimizer.make(config.optimizer, 4, step.param_shapes(Grid(8)))
-    abstract = step.abstract_state(Grid(8), tx, mesh, ema=True)
+    tx, info = optimizer.make(config.optimizer, 4, step.param_shapes(Grid(8)))
+    abstract = step.abstract_state(Grid(8), tx, mesh, averaged=info.trainable)
     state = initial_state.make(low[0] / 'checkpoints', 'bilinear')(abstract)
     before, found = trees.flat(low[1]), trees.flat(state)
     resized = [path for path in found if path.endswith('img/pos_embedding')]
@@ -121,7 +121,7 @@ class Wide(Grid):
 def test_another_optimizer_is_refused(mesh):
     shapes = step.param_shapes(Grid(4))
     states = [
-        step.abstract_state(Grid(4), optimizer.make(settings(4, name=name).optimizer, 4, shapes)[0], mesh, ema=True)
+        step.abstract_state(Grid(4), optimizer.make(settings(4, name=name).optimizer, 4, shapes)[0], mesh)
         for name in ('lion', 'adamw')
     ]
     with pytest.raises(UserError, match='config.high.init_from: low does not fit .* is missing'):

@@ -9,19 +9,21 @@ import numpy as np
 import pytest
 
 from big_vlm import config
+from big_vlm.checkpoints import trees
 from big_vlm.sharding import mesh as meshes
-from big_vlm.sharding import rules
 from big_vlm.tasks import make
-from big_vlm.training import stages, tokenizers
+from big_vlm.training import loop, stages, tokenizers
 from big_vlm.training import step as steps
 
 STEPS = 20
 LAYOUTS = {'data': (8, 1, 1), 'fsdp': (1, 8, 1), 'mixed': (2, 2, 2)}
 # Wide enough that weights pass the size below which fsdp leaves them whole.
 WIDE = dict(width=64, mlp_dim=512, depth=2, num_heads=4)
+# Otherwise than by default, in the mixed layout.
+OWN = ((r'img/.*/MlpBlock_0/Dense_0/kernel', ('model', 'fsdp')),)
 
 
-def stage(kind, data_dir):
+def stage(kind, data_dir, layout='one'):
     raw = micro_config.get_config(data_dir)[kind.split('-')[0]]
     model = raw['model']
     model['image'] = model['image'] | WIDE
@@ -31,6 +33,7 @@ def stage(kind, data_dir):
     else:
         model['decoder'] = model['decoder'] | WIDE | dict(head_dim=16)
         model['image'] |= dict(stem='conv')  # the dual encoder has the other stem
+    raw['mesh'] = dict(rules=OWN if layout == 'mixed' else ())
     raw |= dict(total=dict(steps=STEPS), batch_size=16, evals={}, init_from={}, checkpoint=dict(every=100))
     return config.validate(raw)['train']
 
@@ -48,7 +51,7 @@ def losses(tiny_digit_scenes, tmp_path_factory):
         sizes = (1, 1, 1) if layout == 'one' else LAYOUTS[layout]
         mesh = meshes.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
         place = folder / f'{kind}_{layout}'
-        stages.run_stage(kind, stage_(kind), place, tokenizer, {}, mesh=mesh)
+        stages.run_stage(kind, stage_(kind, layout=layout), place, tokenizer, {}, mesh=mesh)
         steps_, values = zip(*runs.losses(place / 'metrics.csv'), strict=True)
         assert steps_ == tuple(range(1, STEPS + 1))
         return np.array(values, np.float64)
@@ -68,12 +71,15 @@ def test_eight_devices_lose_what_one_does(losses, kind, layout):
 @pytest.mark.parametrize('kind', ['pretrain-dense', 'multimodal'])
 def test_these_layouts_really_split_weights(kind, tmp_path):
     """Otherwise the losses above would agree for the wrong reason."""
-    made = stage(kind, str(tmp_path))
-    contract = stages.draft_contract(made, 1536)
     for layout, axes in (('fsdp', {'fsdp'}), ('mixed', {'fsdp', 'model'})):
-        mesh = meshes.make_mesh(*LAYOUTS[layout])
-        shapes = steps.param_shapes(make(made, contract, mesh))
-        shardings = jax.tree.leaves(rules.param_shardings(shapes, mesh))
+        made, mesh = stage(kind, str(tmp_path), layout), meshes.make_mesh(*LAYOUTS[layout])
+        task = make(made, stages.draft_contract(made, 1536), mesh)
+        shapes = steps.param_shapes(task)
+        tx, info = loop.make_optimizer(made, shapes, None)
+        placed = trees.flat(steps.abstract_state(task, tx, mesh, **loop.state_options(made, info)).params)
+        shardings = [leaf.sharding for leaf in placed.values()]
+        own = placed['img/Transformer/encoderblock/MlpBlock_0/Dense_0/kernel'].sharding.spec
+        assert tuple(own) == (None, *(('model', 'fsdp') if layout == 'mixed' else ('fsdp', 'model')))
         used = {axis for sharding in shardings for axis in sharding.spec if axis and mesh.shape[axis] > 1}
         assert used == axes
         sizes = [leaf.size for leaf in jax.tree.leaves(shapes)]

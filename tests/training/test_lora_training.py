@@ -1,6 +1,7 @@
 """A stage that trains adapters alone: what moves, what stays, what it leaves behind, and on how many devices."""
 
 import dataclasses
+import json
 from unittest import mock
 
 import jax
@@ -16,7 +17,7 @@ from big_vlm.checkpoints import trees, weights
 from big_vlm.config import UserError
 from big_vlm.models import lora
 from big_vlm.sharding import mesh as meshes
-from big_vlm.training import initial_weights, loop, optimizer, stages, tokenizers
+from big_vlm.training import evaluation, initial_weights, loop, optimizer, stages, tokenizers, workdirs
 from big_vlm.training import step as steps
 
 RULES = (('llm/.*', dict(rank=4, alpha=8.0)), ('img/Transformer/.*', dict(rank=2)))
@@ -140,10 +141,19 @@ def test_a_stage_leaves_its_adapters_and_a_bundle_that_needs_none(tmp_path, tiny
     base = tmp_path / 'base' / 'bundle'
 
     section = config.to_dict(lora_stage(tiny_digit_scenes, lora=dict(train=('img/head/.*',))))
+    section['optimizer']['ema_decay'] = 0.5
+    section['evals'] = micro_config.multimodal(tiny_digit_scenes)['evals']
     section['init_from'] = dict(path=str(base))
     section['tokenizer'] = dict(path=str(tmp_path / 'tokenizer.model'))
     tuned = config.parse_stage(section)
     stages.run_stage('tuned', tuned, tmp_path / 'tuned', tokenizer, {}, mesh=mesh)
+    of_bundle = big_vlm.load(tmp_path / 'tuned' / 'bundle')
+    parts = tuned, of_bundle.task, of_bundle.contract, tokenizer, mesh, tmp_path / 'again'
+    (tmp_path / 'again').mkdir()
+    scores = evaluation.Evaluator(*parts)('answer', of_bundle.params)
+    assert workdirs.scores(tmp_path / 'tuned') == {'answer': json.loads(json.dumps(scores))}
+    told, again = (tmp_path / name / 'predictions_answer.jsonl' for name in ('tuned', 'again'))
+    assert told.read_text() == again.read_text(), 'what a stage says with its adapters is what its bundle says'
 
     weights = trees.flat(checkpoints.load_weights(base))
     merged = trees.flat(checkpoints.load_weights(tmp_path / 'tuned' / 'bundle'))
@@ -200,6 +210,32 @@ def test_adapters_are_there_whole_or_not_at_all(tmp_path, monkeypatch):
     assert {name: leaf.shape for name, leaf in found.items()} == {
         name: leaf.shape for name, leaf in trees.flat(params).items() if lora.is_adapter(name)
     }
+
+
+@pytest.mark.parametrize('kind', [pytest.param('bfloat16', marks=pytest.mark.slow), 'int8', 'int4'])
+def test_a_bundle_is_summed_on_the_host_matrix_by_matrix(tmp_path, kind, monkeypatch):
+    """Which makes what a device would; several processes do it there."""
+    rng = np.random.default_rng(0)
+    shapes = {'llm/layers/mlp/linear': (2, 6, 4), 'llm/layers/attn/q_einsum/w': (2, 3, 4, 5)}
+    base = {path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in shapes.items()}
+    section = config.Lora(rules=(('.*linear', config.LoraRule(rank=2)),), base_dtype=kind)
+    params = trees.flat(lora.add(trees.nested(base), section, jax.random.key(1)))
+    params = {path: leaf + 0.5 if path.endswith(lora.B) else leaf for path, leaf in params.items()}
+    unread = adapters.merged(trees.nested(params))
+    assert all(isinstance(leaf, weights.Unread) for leaf in jax.tree.leaves(unread))
+    weights.save_weights(tmp_path / 'weights', unread)
+    found = trees.flat(weights.load_weights(tmp_path / 'weights'))
+    expected = trees.flat(lora.merge(trees.nested(params)))
+    assert set(found) == set(expected)
+    for path, leaf in found.items():
+        assert leaf.dtype == expected[path].dtype
+        np.testing.assert_allclose(np.float32(leaf), np.float32(expected[path]), atol=1e-6, err_msg=path)
+    if kind == 'int8':
+        monkeypatch.setattr(jax, 'process_count', lambda: 2)  # none of which has all of an array
+        together = trees.flat(adapters.merged(trees.nested(params)))
+        for path, leaf in together.items():
+            assert leaf.sharding == params[path].sharding
+            np.testing.assert_allclose(leaf, expected[path], atol=1e-6, err_msg=path)
 
 
 @pytest.mark.parametrize('section', [dict(), dict(base_dtype='int8')], ids=['adapters', 'int8'])

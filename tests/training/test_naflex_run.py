@@ -32,7 +32,7 @@ def make(data_dir):
 
 
 @pytest.mark.slow
-def test_through_a_run(tmp_path, tiny_digit_scenes, one_device):
+def test_through_a_run(tmp_path, tiny_digit_scenes, one_device, capsys):
     run = make(tiny_digit_scenes)
     stages.check(run)
     bundles = stages.run(run, tmp_path / 'run')
@@ -46,7 +46,7 @@ def test_through_a_run(tmp_path, tiny_digit_scenes, one_device):
     together = towers.embed(images=pictures)['image']
     np.testing.assert_allclose(towers.embed(images=pictures[1])['image'][0], together[1], atol=1e-5)
     page, _ = run_report.make(run, tmp_path / 'run', bundles, 'naflex')
-    assert page.is_file()
+    assert page.is_file() and 'pictures of the report' not in capsys.readouterr().out
     # As StableHLO: the same from a row of patches.
     bundle.export(towers, tmp_path / 'hlo', platforms=('cpu',))
     exported = jax.export.deserialize(bytearray((tmp_path / 'hlo' / 'embed_image.stablehlo').read_bytes()))

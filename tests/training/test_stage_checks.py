@@ -26,6 +26,10 @@ def test_stages_that_share_a_tokenizer_ask_for_one_size(tmp_path):
     [
         ({'pretrain__batch_size': 12}, r'config\.pretrain: batch_size=12 does not divide over the 8 .*use 8 or 16'),
         ({'pretrain__mesh': {'fsdp': 3}}, r'config\.pretrain: mesh: 8 devices cannot be divided by fsdp=3'),
+        (
+            {'pretrain__mesh': {'rules': (('img/hed/kernel', ('model',)),)}},
+            r"config\.pretrain\.mesh\.rules: sharding rule 'img/hed/kernel' decides for no parameter",
+        ),
         ({'pretrain__model__image__variant': 'b/16'}, r"config\.pretrain: unknown ViT variant 'b': valid: B, "),
         ({'pretrain__model__image__num_heads': 3}, r'config\.pretrain: .*16.*3'),
         (

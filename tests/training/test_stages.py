@@ -47,7 +47,7 @@ def test_every_stage_leaves_a_bundle_and_its_numbers(micro_run):
             np.testing.assert_array_equal(bundled[path], saved[path], err_msg=path)
         assert json.loads((folder / 'bundle' / 'bundle.json').read_text())['scores'] == runs.scores(micro_run, name)
     said = (micro_run / 'said.txt').read_text()
-    assert 'Traceback' not in said and 'arning' not in said
+    assert not [word for word in ('Traceback', 'arning', 'pictures of the report') if word in said]
     assert f'report: {micro_run}/report.html' in said
 
 
@@ -256,3 +256,26 @@ def test_the_draft_knows_every_parameter(micro_run, tiny_digit_scenes):
         drawn = trees.flat(steps.param_shapes(stages.tasks.make(stage, contract)))
         stored = trees.flat(checkpoints.weight_shapes(micro_run / name / 'bundle'))
         assert {k: v.shape for k, v in drawn.items()} == {k: v.shape for k, v in stored.items()}
+
+
+def test_a_report_does_without_pictures_that_find_no_room(another, tiny_digit_scenes, monkeypatch, capsys):
+    """The answers, which take no weights, stay; the page and a line say what is missing."""
+    shapes, pages = [], []
+
+    def load(path, mesh):
+        shapes.append(mesh.shape)
+        raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory\nallocating 9.00G')
+
+    monkeypatch.setattr('big_vlm.bundle.load', load)
+    monkeypatch.setattr('big_vlm.reports.report.write', lambda path, page: pages.append(page))
+    bundles = {name: another / name / 'bundle' for name in STAGES}
+    _, commands = run_report.make(runs.validated(tiny_digit_scenes), another, bundles, 'micro.py')
+    [page] = pages
+    assert set(commands) == {'ask multimodal', 'ask transfer'} and len(page.answers) == 16
+    assert not page.attention and page.similarity is None
+    assert [dict(shape) for shape in shapes] == [dict(data=1, fsdp=jax.local_device_count(), model=1)] * 3
+    missing = 'not all could be made: RESOURCE_EXHAUSTED: Out of memory allocating 9.00G'
+    assert [stage.facts['pictures'] for stage in page.stages] == [missing] * 3
+    assert [line for line in capsys.readouterr().out.splitlines() if missing in line] == [
+        f'{name}: pictures of the report {missing}' for name in STAGES
+    ]

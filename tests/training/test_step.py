@@ -1,12 +1,14 @@
 """One step against numpy, and the same step on any mesh."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from big_vlm.checkpoints import trees
-from big_vlm.config import Optimizer, ParamRule
+from big_vlm.checkpoints import Checkpointer, checkpointer, trees
+from big_vlm.config import Optimizer, ParamRule, UserError
 from big_vlm.sharding import mesh as meshes
 from big_vlm.training import optimizer, step
 
@@ -37,10 +39,11 @@ def one_device():
     return meshes.make_mesh(devices=jax.devices()[:1])
 
 
-def run(config, mesh, task=None, steps=1, seed=0):
+def run(config, mesh, task=None, steps=1, seed=0, own_rules=()):
     task = task or Linear()
     tx, info = optimizer.make(config, 10, step.param_shapes(task))
-    state = step.init_state(task, tx, mesh, seed=1, ema=config.ema_decay > 0)
+    averaged = info.trainable if config.ema_decay else None
+    state = step.init_state(task, tx, mesh, seed=1, averaged=averaged, own_rules=own_rules)
     train_step = step.make_train_step(task, tx, info, mesh, state, seed, ema_decay=config.ema_decay)
     history = []
     for _ in range(steps):
@@ -53,7 +56,7 @@ def test_an_average_that_forgets_its_start():
     """Decays of 1/10, 2/11, 3/12 …, until they reach that of the config."""
     task, mesh = Linear(), one_device()
     tx, info = optimizer.make(SGD_LIKE, 10, step.param_shapes(task))
-    state = step.init_state(task, tx, mesh, seed=1, ema=True)
+    state = step.init_state(task, tx, mesh, seed=1, averaged=info.trainable)
     train_step = step.make_train_step(task, tx, info, mesh, state, 0, ema_decay=0.2, ema_warmup=True)
     expected = np.asarray(state.params['layer']['w'])
     for decay in (1 / 10, 2 / 11, 0.2):
@@ -95,15 +98,26 @@ def test_against_numpy():
     )
 
 
-@pytest.mark.parametrize('name', ['adamw', 'adafactor'])
-@pytest.mark.parametrize('sizes', [(8, 1, 1), (2, 2, 2)])
-def test_any_mesh_is_one_device(name, sizes, monkeypatch):
+RULES = (('layer/w', ('model', 'fsdp')),)
+
+
+@pytest.mark.parametrize(
+    ('name', 'sizes', 'own_rules', 'spec'),
+    [
+        ('adamw', (8, 1, 1), (), (None, None)),
+        ('adamw', (2, 2, 2), RULES, ('model', 'fsdp')),
+        ('adafactor', (8, 1, 1), (), (None, None)),
+        ('adafactor', (2, 2, 2), (), ('fsdp', None)),
+    ],
+)
+def test_any_mesh_is_one_device(name, sizes, own_rules, spec, monkeypatch):
     monkeypatch.setattr('big_vlm.sharding.rules.FSDP_MIN_SIZE', 1)
     config = Optimizer(name=name, lr=0.1, ema_decay=0.5)
     expected, history = run(config, one_device(), steps=3)
     mesh = meshes.make_mesh(*sizes)
-    state, other = run(config, mesh, steps=3)
-    assert sizes[1] == 1 or 'fsdp' in state.params['layer']['w'].sharding.spec
+    state, other = run(config, mesh, steps=3, own_rules=own_rules)
+    for leaf in (state.params['layer']['w'], state.ema['layer']['w']):
+        assert (*leaf.sharding.spec, None, None)[:2] == spec
     for a, b in zip(history, other, strict=True):
         assert a == pytest.approx(b, rel=1e-5)
     for path, leaf in trees.flat(state).items():
@@ -137,7 +151,7 @@ def test_the_new_state_takes_the_place_of_the_old():
     """Beside the state there is room for the gradients, which the updates take, and not for another moment."""
     task, mesh = Wide(), one_device()
     tx, info = optimizer.make(Optimizer(weight_decay=0.1, decay_by='schedule'), 10, step.param_shapes(task))
-    state = step.abstract_state(task, tx, mesh, ema=True)
+    state = step.abstract_state(task, tx, mesh, averaged=info.trainable)
     train_step = step.make_train_step(task, tx, info, mesh, state, 0, ema_decay=0.9)
     batch = {'x': jax.ShapeDtypeStruct((8, 512), jnp.float32, sharding=meshes.batch_sharding(mesh))}
     memory = train_step.lower(state, batch).compile().memory_analysis()
@@ -148,8 +162,9 @@ def test_the_new_state_takes_the_place_of_the_old():
 
 def test_what_is_to_be_overwritten_is_not_drawn():
     task, mesh = Linear(), one_device()
-    tx, _ = optimizer.make(Optimizer(), 10, step.param_shapes(task))
-    whole, some = (step.init_state(task, tx, mesh, 3, ema=True, zeros=zeros) for zeros in ((), ('layer/w',)))
+    tx, info = optimizer.make(Optimizer(), 10, step.param_shapes(task))
+    made = dict(averaged=info.trainable)
+    whole, some = (step.init_state(task, tx, mesh, 3, zeros=zeros, **made) for zeros in ((), ('layer/w',)))
     for path, leaf in trees.flat(whole).items():
         assert np.any(leaf) or not path.endswith('layer/w') or path.startswith('opt_state')
         expected = np.zeros_like(leaf) if path.endswith('layer/w') else leaf
@@ -167,12 +182,21 @@ def test_random_keys_follow_from_seed_and_step():
     assert noise[0] == noise[1] != noise[2]
 
 
-def test_frozen_parameters_stay_and_do_not_count():
+def test_frozen_parameters_stay_and_do_not_count(tmp_path):
     rules = (('layer/w', ParamRule(frozen=True)), ('.*', ParamRule()))
     start = Linear().init(jax.random.key(1))[0]['layer']
     _, (free,) = run(SGD_LIKE, one_device())
-    state, (metrics,) = run(Optimizer(lr=0.5, b1=0.0, b2=0.0, clip=0.0, schedule='constant', rules=rules), one_device())
+    config = dataclasses.replace(SGD_LIKE, rules=rules)
+    state, (metrics,) = run(config, one_device())
     np.testing.assert_array_equal(state.params['layer']['w'], start['w'])
     np.testing.assert_allclose(np.abs(state.params['layer']['bias'] - start['bias']), 0.5, rtol=1e-5)
+    assert list(trees.flat(state.ema)) == ['layer/bias'] and state.averaged['layer']['w'] is state.params['layer']['w']
+    expected = 0.75 * start['bias'] + 0.25 * state.params['layer']['bias']
+    np.testing.assert_allclose(state.averaged['layer']['bias'], expected, rtol=1e-6)
     assert metrics['update_norm'] == pytest.approx(0.5 * 4)
     assert metrics['grad_norm'] < free['grad_norm']
+    with Checkpointer(tmp_path) as saver:  # as it was when what is frozen had averages too
+        saver.save(1, state.replace(ema=state.params))
+        saver.wait()
+        with pytest.raises(UserError, match=r'does not fit this model or optimizer: ema/layer/w is not expected\.'):
+            saver.restore(checkpointer.abstract(state))

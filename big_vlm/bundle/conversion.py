@@ -123,12 +123,15 @@ def convert(
     return to
 
 
-def load_any(source: str | os.PathLike, *, tokenizer: str | os.PathLike = '', mesh: Mesh | None = None) -> Bundle:
+def load_any(
+    source: str | os.PathLike, *, tokenizer: str | os.PathLike = '', dtype: str = '', mesh: Mesh | None = None
+) -> Bundle:
     """The model at `source`, of any format that `convert` reads, ready for use; nothing is written.
 
     Args:
       source: as of `convert`.
       tokenizer: a SentencePiece file; '': the one that came with the model.
+      dtype: as of `load`; '': weights as they are stored, computed with in float32 if it is no bundle.
       mesh: where its weights go; None: one device.
 
     Raises:
@@ -138,7 +141,8 @@ def load_any(source: str | os.PathLike, *, tokenizer: str | os.PathLike = '', me
     if kind == 'bundle':
         if tokenizer:
             raise UserError(f'--tokenizer={tokenizer} has no effect: {source} is a bundle and brings its own')
-        return folder.load(source, mesh=mesh)
+        return folder.load(source, dtype=dtype, mesh=mesh)
+    stage = folder.in_dtype(model.stage(os.fspath(source)), dtype)
     pieces = Tokenizer.load(tokenizer) if tokenizer else model.own_tokenizer()
     if pieces is None:
         raise _no_tokenizer(source)
@@ -147,8 +151,11 @@ def load_any(source: str | os.PathLike, *, tokenizer: str | os.PathLike = '', me
     if mesh is None:
         mesh = meshes.make_mesh(data=1, devices=jax.local_devices()[:1])
     shardings = trees.flat(rules.param_shardings(trees.nested(dict(model.weights.shapes)), mesh))
-    params = {name: jax.device_put(model.weights.read(name), shardings[name]) for name in model.weights.shapes}
-    return Bundle(model.stage(os.fspath(source)), contract, pieces, trees.nested(params), mesh)
+    params = {}
+    for name, leaf in model.weights.shapes.items():
+        array = model.weights.read(name).astype(dtype or leaf.dtype, copy=False)
+        params[name] = jax.device_put(array, shardings[name])
+    return Bundle(stage, contract, pieces, trees.nested(params), mesh)
 
 
 def open_model(source: str | os.PathLike) -> tuple[Pretrained, str]:

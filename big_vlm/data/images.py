@@ -37,7 +37,8 @@ def decode(image: ImageLike, least: int = 0) -> np.ndarray:
     if isinstance(image, np.ndarray):
         return _from_array(image)
     if isinstance(image, Image.Image):
-        return _from_pillow(image)
+        with _decoding('the image'):  # a file that was opened is read here
+            return _from_pillow(image)
     if not isinstance(image, bytes):
         image = paths.read(image)
     if _is_plain_png(image):
@@ -45,8 +46,12 @@ def decode(image: ImageLike, least: int = 0) -> np.ndarray:
         pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR_RGB)
         if pixels is not None:
             return pixels
-    try:
-        with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
+    with _decoding(f'the image ({len(image)} bytes)'):
+        try:
+            opened = Image.open(io.BytesIO(image), formats=FORMATS)
+        except UnidentifiedImageError:
+            raise ValueError(f'not an image in any known format ({len(image)} bytes; {", ".join(FORMATS)})') from None
+        with opened:
             if _is_plain_jpeg(opened, image):
                 # The same pixels as Pillow's, both are libjpeg-turbo's, in two thirds of the time.
                 flags = cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_COLOR_RGB | _reduced(min(opened.size), least)
@@ -54,12 +59,17 @@ def decode(image: ImageLike, least: int = 0) -> np.ndarray:
                 if pixels is not None:
                     return pixels
             return _from_pillow(opened)
-    except UnidentifiedImageError:
-        raise ValueError(f'not an image in any known format ({len(image)} bytes; {", ".join(FORMATS)})') from None
+
+
+@contextlib.contextmanager
+def _decoding(what: str) -> Iterator[None]:
+    """Whatever a broken picture raises becomes a ValueError."""
+    try:
+        yield
     except ValueError:
         raise
     except Exception as error:  # Pillow's plugins raise nearly anything on a broken file
-        raise ValueError(f'cannot decode the image ({len(image)} bytes): {error}') from error
+        raise ValueError(f'cannot decode {what}: {error}') from error
 
 
 def check_size(image: Image.Image) -> None:
@@ -115,7 +125,7 @@ def told(image: object, where: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f'{where}: cannot read {image}: {error.strerror}') from error
+        raise UserError(f'{where}: cannot read {image}: {error.strerror or error}') from error
     except ValueError as error:
         raise UserError(f'{where}: {error}') from error
 

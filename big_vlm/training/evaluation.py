@@ -226,7 +226,7 @@ class Evaluator:
                 self.task.predict, max_new_tokens=longest, eos_id=self.contract.eos_id, pad_id=self.contract.pad_id
             ),
         )
-        weights, limit = self._decode_params(params), settings.max_new_tokens
+        weights, limit = self.task.predict['decode_params'](params), settings.max_new_tokens
         restricted = bool(settings.choices or settings.choices_field)
         processors = constraints.processors(self.tokenizer, settings.grammar, choices=restricted, limit=limit)
 
@@ -241,7 +241,8 @@ class Evaluator:
 
     def _score(self, params: Any) -> Any:
         """(batch, table int32 [R, A, M] of its R real rows' choices) → float32 [R, A, M], see `decoding.scoring`."""
-        run, weights = self._once('score', lambda: make_score(self.task.predict)), self._decode_params(params)
+        run = self._once('score', lambda: make_score(self.task.predict))
+        weights = self.task.predict['decode_params'](params)
 
         def score(batch, table):
             filling = np.repeat(table[:1], len(batch['segment']) - len(table), axis=0)
@@ -281,9 +282,6 @@ class Evaluator:
             return [calibration.of_answer(p, bool(exact_match(text, field(r, 'suffix')))) for text, p, r in triples]
 
         return answer
-
-    def _decode_params(self, params: Any) -> Any:
-        return self._once('decode_params', lambda: jax.jit(self.task.predict['decode_params']))(params)
 
     def _put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """A batch that every process has whole → global arrays."""

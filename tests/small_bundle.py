@@ -8,7 +8,7 @@ from big_vlm.data.contract import Contract
 from big_vlm.data.tokenizer import Tokenizer
 from big_vlm.sharding import mesh as meshes
 
-SIZE, TEXT = 8, 24
+SIZE, TEXT = 8, 48
 SOURCES = {'sources': {'scenes': {'dataset': 'digit_scenes/cells'}}}
 SMALL = {'width': 16, 'mlp_dim': 16, 'depth': 1, 'num_heads': 2}
 GENERATIVE = {

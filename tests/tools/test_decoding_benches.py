@@ -54,6 +54,7 @@ def test_both_clocks_run():
     assert min(cpu['computes']) > 0.001 and len(wall['computes']) == 3
 
 
+@pytest.mark.slow
 def test_decoding_is_timed_in_batches_and_dtypes(capsys, monkeypatch):
     monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
     monkeypatch.setenv('OMP_WAIT_POLICY', 'PASSIVE')
@@ -61,8 +62,14 @@ def test_decoding_is_timed_in_batches_and_dtypes(capsys, monkeypatch):
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (told['batch'], told['dtype'], told['platform']) == (2, 'bfloat16', 'cpu')
     assert told['tokens/s after it'] > 0 and told['first token ms'] > 0 and 'transformers' not in told['seconds']
-    assert decode.main(['--case=slots', '--batch=2']) == 2
-    assert 'go with --case=paligemma' in capsys.readouterr().err
+
+
+def test_what_cannot_be_timed(capsys, monkeypatch):
+    monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+    monkeypatch.setenv('OMP_WAIT_POLICY', 'PASSIVE')
+    for words, message in ((['--case=slots', '--batch=2'], 'go with --case=paligemma'), (['--batch=0'], '--batch=0')):
+        assert decode.main(words) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_weights_are_drawn_alike_here_and_on_a_device():

@@ -203,8 +203,12 @@ def test_a_trained_bundle_answers(micro_run, tmp_path, capsys):
 
     assert generate.main([words[0], '--prompt=caption en']) == 2
     assert 'no images: this model answers about images' in capsys.readouterr().err
-    assert generate.main([*words, '--prompt=ocr', '--quantize=int3']) == 2
-    assert "unknown quantisation 'int3'" in capsys.readouterr().err
+    for option, message in (
+        ('--quantize=int3', "unknown quantisation 'int3'"),
+        ('--dtype=int8', "unknown dtype 'int8'"),
+    ):
+        assert generate.main([*words, '--prompt=ocr', option]) == 2
+        assert message in capsys.readouterr().err
 
     for prompt, message in (('', 'prompts[0] is empty'), ('red three ' * 40, 'contract.text_length')):
         assert generate.main([*words, f'--prompt={prompt}']) == 2

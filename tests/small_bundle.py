@@ -8,7 +8,7 @@ from big_vlm.data.contract import Contract
 from big_vlm.data.tokenizer import Tokenizer
 from big_vlm.sharding import mesh as meshes
 
-SIZE, TEXT = 8, 24
+SIZE, TEXT = 8, 48
 SOURCES = {'sources': {'scenes': {'dataset': 'digit_scenes/cells'}}}
 SMALL = {'width': 16, 'mlp_dim': 16, 'depth': 1, 'num_heads': 2}
 GENERATIVE = {
@@ -35,8 +35,7 @@ def train_tokenizer(folder):
 def make(stage, tokenizer):
     """A bundle of random weights (drawn by numpy: the models' own init takes longer to compile than all else here)."""
     stage = config.parse_stage(stage)
-    slots = 4 * stage.contract.images if stage.task == 'generative' else 0
-    contract = Contract.make(stage.contract, tokenizer, image_tokens=slots)
+    contract = Contract.make(stage.contract, tokenizer, image_tokens=tasks.image_slots(stage))
     mesh = meshes.make_mesh(data=1, devices=jax.devices()[:1])
     task = tasks.make(stage, contract, mesh)
     shapes, _ = jax.eval_shape(task.init, jax.random.key(0))

@@ -1,17 +1,20 @@
 """A bundle gives back what was saved, answers by its own contract, and says what is wrong with a folder or request."""
 
 import functools
+import gc
 import io
 import json
 import shutil
 import subprocess
 import sys
+import tracemalloc
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from small_bundle import CONTRASTIVE, GENERATIVE, SIZE, TEXT, make, pictures, train_tokenizer
+from small_bundle import CONTRASTIVE, GENERATIVE, SIZE, make, pictures, train_tokenizer
 
 import big_vlm
 from big_vlm import bundle
@@ -79,6 +82,47 @@ def test_answers_are_the_same_on_many_devices(folder, loaded):
         np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-4)
 
 
+def nbytes(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize('quantize', ['', pytest.param('int8', marks=pytest.mark.slow)])
+def test_a_bundle_in_use_holds_its_weights_once(folder, quantize):
+    """And gives them back as they were."""
+
+    def held():
+        gc.collect()
+        return nbytes(jax.live_arrays())
+
+    before = held()
+    model = big_vlm.load(folder, quantize=quantize)
+    stored, layers = nbytes(model.params), nbytes(model.params['llm']['layers'])
+    model.generate(pictures(4), ['caption en', 'detect three', 'red', 'x'], max_new_tokens=6)
+    assert stored <= held() - before < stored + layers / 2
+    assert isinstance(model.decode_params()['llm']['layers'], tuple)
+    jax.tree.map(np.testing.assert_array_equal, model.params, big_vlm.load(folder, quantize=quantize).params)
+
+
+@pytest.mark.parametrize('given', ['score_each', pytest.param('generate', marks=pytest.mark.slow)])
+def test_in_bfloat16_it_says_what_it_would_in_float32(folder, loaded, given):
+    half = big_vlm.load(folder, dtype='bfloat16')
+    assert 2 * nbytes(half.params) == nbytes(loaded.params) and half.task.dtype == jnp.bfloat16
+    images, prompts, answers = (
+        pictures(3),
+        ['caption en', 'detect three', 'red'],
+        ['red', 'blue three', 'one in the top'],
+    )
+    if given == 'generate':
+        said = half.generate(images, prompts, choices=[[answer] for answer in answers])
+    else:
+        said = half.score_each(images, prompts, answers)
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.decode_params())} == {jnp.dtype('bfloat16')}
+    for one, other in zip(said, loaded.score_each(images, prompts, answers), strict=True):
+        assert one.ids == other.ids and one.log_probs != other.log_probs
+        np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=0.03, atol=0.1)
+    refused(lambda: big_vlm.load(folder, dtype='float16'), "unknown dtype 'float16'.*float32")
+
+
 def test_the_card_says_what_it_is(folder):
     card = (folder / 'README.md').read_text()
     description = json.loads((folder / 'bundle.json').read_text())
@@ -103,7 +147,7 @@ def test_score_is_the_sum_over_the_answers_tokens_and_its_end(decoder):
     [score] = decoder.score(image, prompt, answer)
     total = 0.0
     ids = [*decoder.tokenizer.encode(answer), decoder.contract.eos_id]
-    row = decoder._row(prompt, answer, 'prompt')
+    row = decoder._row(decoder._ids(prompt, answer, 'prompt'))
     batch = {key: value[None] for key, value in row.items()}
     batch |= {'image': picture_files.prepare(image, decoder.contract)[None, None], 'image_mask': np.ones((1, 1), bool)}
     model = decoder.task.model
@@ -161,7 +205,7 @@ def test_few_programs_serve_many_requests(decoder):
     counted.task = type('Task', (), {'predict': predict | {'prefill': prefill}})
     counted.generate(pictures(4), 'red', max_new_tokens=8, temperature=1.0)
     counted.generate(pictures(3), 'caption en', max_new_tokens=5, temperature=0.3, seed=2)
-    assert traced == [((4, 4 + TEXT), 4 + TEXT + 8)]
+    assert traced == [((4, 4 + 32), 4 + 32 + 8)]
 
 
 def test_an_answer_is_scored_as_it_was_generated(decoder):
@@ -175,6 +219,34 @@ def test_an_answer_is_scored_as_it_was_generated(decoder):
         np.testing.assert_allclose(other.perplexity, np.exp(-np.mean(one.log_probs)), rtol=1e-3)
     sums = decoder.score(images, prompts, [answer.text for answer in said])
     np.testing.assert_allclose(sums, [sum(answer.log_probs) for answer in said], atol=1e-3)
+
+
+def test_scores_take_the_slots_that_their_texts_need(tokenizer):
+    """A decoder alone with room for 4,096 tokens: 32 of them are read, and the logits are those of the answers."""
+    model = {'decoder': GENERATIVE['model']['decoder'], 'projector': 'none'}
+    alone = make(GENERATIVE | {'model': model, 'contract': {'image_size': SIZE, 'text_length': 4096}}, tokenizer)
+    predict, seen = alone.task.predict, []
+
+    def seeing(name):
+        def run(params, batch, size):
+            seen.append((name, batch['text'].shape, size))
+            return predict[name](params, batch, size)
+
+        return run
+
+    alone.task = type('Task', (), {'predict': predict | {name: seeing(name) for name in ('token_scores', 'prefill')}})
+    answers = ['red', 'one in the top']
+    [ranking] = alone.rank(None, 'caption en', answers)
+    np.testing.assert_allclose(ranking.scores, alone.score(None, 'caption en', answers), rtol=1e-5)
+    tokens = max(len(tokenizer.encode(answer)) + 1 for answer in answers)
+    wide = 1 << (tokens - 1).bit_length()
+    assert seen == [('prefill', (1, 32), 32 + wide), ('token_scores', (2, 32), wide)]
+    # Of many requests ids are held, and the row of each, 80 KB here, when its turn comes.
+    tracemalloc.start()
+    waiting = alone.generate_each(None, ['caption en'] * 100)
+    assert tracemalloc.get_traced_memory()[0] < 100_000
+    tracemalloc.stop()
+    del waiting
 
 
 @pytest.mark.parametrize('per_token', [False, True])
@@ -254,7 +326,7 @@ def test_requests_that_cannot_be_answered(decoder, towers, tmp_path):
     ask = functools.partial(decoder.generate, max_new_tokens=4)
     refused(lambda: ask(image, ''), r'prompts\[0\] is empty')
     refused(lambda: ask(image, ['red', ' \n']), r'prompts\[1\] is empty')
-    refused(lambda: ask(image, 'three seven ' * 40), r"prompts\[0\] 'three seven.*24")
+    refused(lambda: ask(image, 'three seven ' * 40), r"prompts\[0\] 'three seven.*48")
     refused(lambda: ask(pictures(2), ['a', 'b', 'c']), '2 images and 3 prompts')
     refused(lambda: ask([], 'a'), 'no images')
     refused(lambda: ask(image, []), 'no prompts')

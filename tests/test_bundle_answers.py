@@ -7,6 +7,7 @@ from PIL import Image
 from small_bundle import GENERATIVE, make, pictures, train_tokenizer
 
 from big_vlm import bundle
+from big_vlm.bundle import streaming
 from big_vlm.config import UserError
 from big_vlm.data import images as picture_files
 from big_vlm.decoding.generate import make_generate
@@ -68,7 +69,7 @@ def test_an_image_is_encoded_once_for_its_prompts(tokenizer, alone):
     stage = GENERATIVE | {'contract': GENERATIVE['contract'] | {'image_alone': alone}}
     model, images = make(stage, tokenizer), pictures(3)
     which = [0, 0, 0, 1, 1, 1, 1, 2, 2]
-    rows = [model._row(prompt, None, '') for prompt in PROMPTS]
+    rows = [model._row(model._ids(prompt, None, '')) for prompt in PROMPTS]
     batch = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
     batch['image'] = np.stack([picture_files.prepare(images[i], model.contract)[None] for i in which])
     batch['image_mask'] = np.ones((9, 1), bool)
@@ -138,6 +139,34 @@ def test_a_stop_string_ends_an_answer_before_it(decoder, nine):
         else:
             assert one.ids == all_of_it.ids
     same(decoder.generate(images, prompts, max_new_tokens=8, stop='never to be said'), whole)
+
+
+def test_a_stream_is_the_answer_in_pieces(decoder, nine):
+    images, prompts, whole = nine
+    for image, prompt, answer in list(zip(images, prompts, whole, strict=True))[:3]:
+        pieces = list(decoder.stream(image, prompt, max_new_tokens=8))
+        assert ''.join(pieces) == answer.text and all(pieces) and len(pieces) > 1
+        stop = answer.text[2:4]
+        assert ''.join(decoder.stream(image, prompt, max_new_tokens=8, stop=stop)) == answer.text.split(stop)[0]
+    for name, value in (('beams', 2), ('prompt_lookup', 2)):
+        with pytest.raises(UserError, match=f'{name} {value}: a stream'):
+            decoder.stream(images[0], prompts[0], **{name: value})
+    with pytest.raises(UserError, match='none.png'):
+        list(decoder.stream('none.png', 'x', max_new_tokens=8))
+
+
+def test_pieces_are_whole_characters_and_stop_in_time(tokenizer):
+    """Of texts spelt in bytes, and of tokens drawn at random, most of them bytes that are no character."""
+    rng = np.random.default_rng(0)
+    told = list(streaming.pieces(tokenizer.encode('a Bär, 5 €: 😀'), tokenizer.decode))
+    assert ''.join(told) == 'a Bär, 5 €: 😀' and '😀' in told and all('\ufffd' not in piece for piece in told)
+    for ids in rng.integers(3, tokenizer.vocab_size, (200, 12)).tolist() + rng.integers(3, 300, (200, 12)).tolist():
+        text = tokenizer.decode(ids)
+        assert ''.join(streaming.pieces(ids, tokenizer.decode)) == text
+        tokens, stop = iter(ids), [text[5:8], text[6:7] + '\0']
+        assert ''.join(streaming.pieces(tokens, tokenizer.decode, stop[:1])) == text.split(stop[0])[0]
+        assert stop[0] not in tokenizer.decode(ids[: len(ids) - len(list(tokens)) - 1])
+        assert ''.join(streaming.pieces(ids, tokenizer.decode, stop[1:])) == text
 
 
 def test_the_best_of_many_draws(decoder):

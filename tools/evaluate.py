@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument('--stage', default='', help="the config's stage; default: its last one that fits the model")
     result.add_argument('--evals', default='', metavar='A,B', help='names of evaluations (default: all of the stage)')
     result.add_argument('--tokenizer', default='', metavar='FILE', help='SentencePiece model, if MODEL has none')
+    result.add_argument('--dtype', default='', metavar='bfloat16|float32', help="of weights and products (MODEL's own)")
     result.add_argument('--quantize', default='', metavar='int8|int4', help='score the decoder with such weights')
     result.add_argument('--out', default='', metavar='DIR', help='where evals.json and predictions_*.jsonl go')
     result.add_argument('--against', default='', metavar='FILE', help="another run's predictions, or their folder")
@@ -54,7 +55,7 @@ def run(argv: list[str]) -> None:
     from big_vlm.training import evaluation, evaluation_settings, workdirs
 
     stages = config.validate(config.load_config(args.config, overrides))
-    model = bundle.load_any(args.model, tokenizer=args.tokenizer)
+    model = bundle.load_any(args.model, tokenizer=args.tokenizer, dtype=args.dtype)
     if args.quantize:
         model = model.quantised(args.quantize)
     name = _stage(args.stage, stages, model.stage.task)
@@ -74,10 +75,10 @@ def run(argv: list[str]) -> None:
         out.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before hours of work
         evaluator = evaluation.Evaluator(stage, model.task, model.contract, model.tokenizer, model.mesh, out)
         evaluator.rehearse(f'config.{name}')
-        scores = {}
+        scores, weights = {}, model.decode_params() if model.stage.task == 'generative' else model.params
         for which in chosen:
             with config.located(f'config.{name}.evals.{which}'):
-                scores[which] = evaluator(which, model.params)
+                scores[which] = evaluator(which, weights)
             workdirs.write_scores(out, scores)  # what a later one that fails would lose
             if which in earlier:
                 _report(generation.read_predictions(out / f'predictions_{which}.jsonl'), earlier[which])

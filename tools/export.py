@@ -33,6 +33,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument('--platforms', default='cpu,cuda,tpu', metavar='LIST', help='default: cpu,cuda,tpu')
     tokens = 'of a decoder: how many tokens fit after the longest prompt (default: 64)'
     result.add_argument('--max_new_tokens', type=int, metavar='N', help=tokens)
+    slots = 'of a decoder: text slots of a prompt, which are all read (default: those it was trained with)'
+    result.add_argument('--text_length', type=int, metavar='N', help=slots)
     return result
 
 
@@ -43,12 +45,14 @@ def run(argv: list[str]) -> None:
     from big_vlm.config import UserError
 
     model = bundle.load(args.bundle)
-    if args.max_new_tokens is not None and model.stage.task == 'contrastive':
-        raise UserError(f'--max_new_tokens={args.max_new_tokens} has no effect: {args.bundle} is a dual encoder')
+    for name in ('max_new_tokens', 'text_length'):
+        if (value := getattr(args, name)) is not None and model.stage.task == 'contrastive':
+            raise UserError(f'--{name}={value} has no effect: {args.bundle} is a dual encoder')
     bundle.export(
         model,
         args.stablehlo,
         max_new_tokens=64 if args.max_new_tokens is None else args.max_new_tokens,
+        text_length=args.text_length,
         platforms=[name.strip() for name in args.platforms.split(',') if name.strip()],
         say=lambda name: print(f'{args.stablehlo}/{name}.stablehlo', flush=True),
     )

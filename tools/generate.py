@@ -27,6 +27,10 @@ EXAMPLES = """examples:
     python -m tools.generate gemma-3-270m-Q4_K_M.gguf --prompt='The capital of France is' --max_new_tokens=16
     python -m tools.generate paligemma-3b-mix-224.npz --tokenizer=gemma.model --image=scene.png --prompt='caption en'
 
+  One answer, printed as it is said; and a model of 3 billion weights in 6 GB of an accelerator's memory:
+    python -m tools.generate BUNDLE --image=scene.png --prompt='caption en' --stream
+    python -m tools.generate paligemma-3b-mix-224 --image=scene.png --prompt='caption en' --dtype=bfloat16
+
   One line of JSON per answer, written as soon as it is there:
     python -m tools.generate BUNDLE --image=scene.png --prompt='caption en' --json
     {"image": "scene.png", "prompt": "caption en", "text": "a red three", "ids": [..., 1], "log_probs": [-0.02, ...]}
@@ -126,6 +130,10 @@ def parser() -> argparse.ArgumentParser:
         help='weights of 8 or 4 bits: less memory, other answers at times',
     )
     result.add_argument('--tokenizer', default='', metavar='FILE', help='SentencePiece model, if BUNDLE comes without')
+    result.add_argument(
+        '--dtype', default='', metavar='bfloat16|float32', help="of weights and products (default: the bundle's)"
+    )
+    result.add_argument('--stream', action='store_true', help='print the text of one answer as it is said')
     result.add_argument('--json', action='store_true', help='one JSON object per answer: text, ids, log_probs')
     result.add_argument('--draw', metavar='OUT.png', help='write the picture with the boxes of the answer drawn in')
     return result
@@ -151,15 +159,15 @@ def pairs(images: list, prompts: list[str]) -> list[tuple]:
     return list(zip(images, prompts, strict=True))
 
 
-def load(path: str, quantize: str = '', tokenizer: str = ''):
-    """A bundle, or any checkpoint that `tools.convert` reads, its weights quantised if asked. Raises UserError."""
+def load(path: str, quantize: str = '', dtype: str = '', tokenizer: str = ''):
+    """A bundle, or any checkpoint that `tools.convert` reads, in other numbers if asked. Raises UserError."""
     import big_vlm
     from big_vlm import bundle
 
     foreign = '.npz' in path or path.endswith('.gguf') or os.path.isfile(os.path.join(path, 'config.json'))
     if not foreign and not tokenizer:
-        return big_vlm.load(path, quantize=quantize)
-    loaded = bundle.load_any(path, tokenizer=tokenizer)
+        return big_vlm.load(path, quantize=quantize, dtype=dtype)
+    loaded = bundle.load_any(path, tokenizer=tokenizer, dtype=dtype)
     return loaded.quantised(quantize) if quantize else loaded
 
 
@@ -209,7 +217,7 @@ def prepare_drawing(out: str, several: bool) -> None:
 
 def settings(args: argparse.Namespace) -> dict:
     """Of every answer: `Bundle.generate`'s."""
-    choices = None if args.choices is None else args.choices.split(',')
+    choices = None if args.choices is None else [choice.strip() for choice in args.choices.split(',')]
     return {name: getattr(args, name) for name in SETTINGS} | {'choices': choices}
 
 
@@ -219,7 +227,7 @@ def answer_file(args: argparse.Namespace) -> int:
 
     from big_vlm.config import UserError
 
-    for name in ('image', 'together', 'prompt', 'json', 'draw'):
+    for name in ('image', 'together', 'prompt', 'stream', 'json', 'draw'):
         if getattr(args, name):
             raise UserError(f'--{name} does not go with --requests: leave it out')
     if not args.out:
@@ -232,8 +240,8 @@ def answer_file(args: argparse.Namespace) -> int:
     from big_vlm.reports import writers
 
     out, asked = Path(args.out), requests.read(Path(args.requests), folder)
-    bundle = load(args.bundle, args.quantize, args.tokenizer)
-    name = os.path.realpath(args.bundle) + f' as {args.quantize}' * bool(args.quantize)
+    bundle = load(args.bundle, args.quantize, args.dtype, args.tokenizer)
+    name = ' as '.join(filter(None, (os.path.realpath(args.bundle), args.quantize, args.dtype)))
     name += f' with {os.path.realpath(args.tokenizer)}' if args.tokenizer else ''
     progress = writers.ProgressWriter(len(asked), 'answers', show=())
     every = 1 if sys.stderr.isatty() else args.batch_size
@@ -265,6 +273,8 @@ def run(argv: list[str]) -> int:
         raise UserError('--images and --out go with --requests=FILE.jsonl')
     images = [args.image] if args.together else args.image
     asked = pairs(images, args.prompt)
+    if args.stream and (len(asked) > 1 or args.json or args.draw):
+        raise UserError('--stream prints one answer as text: give one --prompt, one --image, and no --json or --draw')
     if args.draw and (args.together or not args.image):
         raise UserError(f'--draw={args.draw}: boxes are drawn into one picture: give one --image for each answer')
     if args.draw:
@@ -273,7 +283,14 @@ def run(argv: list[str]) -> int:
         if not os.path.isfile(path):
             raise UserError(f'--image={path}: no such file')
 
-    answers = load(args.bundle, args.quantize, args.tokenizer).generate_each(
+    model = load(args.bundle, args.quantize, args.dtype, args.tokenizer)
+    if args.stream:
+        [(image, prompt)] = asked
+        for piece in model.stream(image, prompt, **settings(args)):
+            print(piece, end='', flush=True)
+        print(flush=True)
+        return 0
+    answers = model.generate_each(
         [image for image, _ in asked] if len(images) > 1 else images or None,
         [prompt for _, prompt in asked],
         errors='return' if len(asked) > 1 else 'raise',

@@ -135,7 +135,11 @@ def _stage(path: pathlib.Path) -> config.Stage:
 
 
 def onto(params: Any, adapters: Mapping[str, Any]) -> Any:
-    """The parameters with the adapters merged in, placed as they were."""
+    """The parameters with the adapters merged in, placed as they were and in their dtypes."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
-    leaves = trees.flat(params) | dict(adapters)
-    return jax.jit(lora.merge, out_shardings=shardings)(trees.nested(leaves))
+
+    def merge(params, adapters):
+        merged = lora.merge(trees.nested(trees.flat(params) | adapters))
+        return jax.tree.map(lambda leaf, old: leaf.astype(old.dtype), merged, trees.nested(trees.flat(params)))
+
+    return jax.jit(merge, out_shardings=shardings)(params, dict(adapters))

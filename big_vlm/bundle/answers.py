@@ -20,12 +20,14 @@ import numpy as np
 
 from big_vlm.bundle.settings import Settings
 from big_vlm.config import UserError
+from big_vlm.data import prompts as prompt_rows
+from big_vlm.data.contract import Contract
 from big_vlm.data.videos import VideoLike as Images
 from big_vlm.decoding import choices as tries
 from big_vlm.decoding import constraints
 from big_vlm.decoding.beam import make_beam_search
 from big_vlm.decoding.choices import power_of_two
-from big_vlm.decoding.generate import make_generate
+from big_vlm.decoding.generate import make_generate, make_stream
 from big_vlm.decoding.scheduler import make_scheduler
 from big_vlm.sharding import mesh as meshes
 
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 _LEAST_WIDTH = 32  # text slots of the narrowest program
 _REMEMBERED = 8  # batches of encoded images, the last ones
 _TEXT = ('text', 'segment', 'position', 'mask_ar')  # of a row, one entry a slot
+_SLOTS = (*_TEXT, 'mask_loss')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,16 +83,16 @@ class Answering:
         self.bundle, self.images, self.settings = bundle, images, settings
         self.contract = bundle.contract
         self.failed: dict[int, str] = {}
-        self.rows: list[dict[str, np.ndarray] | None] = []
+        self.ids: list[tuple[list[int], None] | None] = []
         for i, prompt in enumerate(prompts):
             try:
-                self.rows.append(bundle._row(prompt, None, f'prompts[{settings.first + i}]'))
+                self.ids.append(bundle._ids(prompt, None, f'prompts[{settings.first + i}]'))
             except UserError as error:
                 if settings.errors == 'raise':
                     raise
-                self.rows.append(None)
+                self.ids.append(None)
                 self.failed[i] = str(error)
-        self.constraint, tables = constraints.of(
+        self.constraint, self.tables = constraints.of(
             bundle.tokenizer,
             settings.choices,
             settings.grammar,
@@ -97,10 +100,7 @@ class Answering:
             limit=settings.max_new_tokens,
             lower=self.contract.lower,
         )
-        for i, row in enumerate(self.rows):
-            if row is not None and tables is not None:
-                self.rows[i] = row | {tries.KEY: tables[i]}
-        self.weights = bundle._decode_params()
+        self.weights = bundle.decode_params()
         self.taken: collections.deque[int] = collections.deque()  # requests under way, in order
         self.encoded: collections.OrderedDict[Any, Any] = collections.OrderedDict()
         self.done = 0
@@ -113,10 +113,23 @@ class Answering:
             yield from self._failures(turn, number)
             yield max((self._answer(*row) for row in some), key=self._score)
             turn = number + 1
-        yield from self._failures(turn, len(self.rows))
+        yield from self._failures(turn, len(self.ids))
+
+    def tokens(self) -> Iterator[int]:
+        """Of the first request alone, each as soon as it is there."""
+        settings = self.settings
+        width = power_of_two(settings.max_new_tokens)
+        ends = dict(max_new_tokens=width, eos_id=self.contract.eos_id, pad_id=self.contract.pad_id)
+        run = self.bundle._once(('stream', width), lambda: make_stream(self.bundle.task.predict, **ends))
+        request = next(self._requests(), None)
+        if request is None:
+            raise UserError(self.failed[0])
+        how = dict(limit=settings.max_new_tokens, seed=settings.seed) | self._how()
+        for step in run(self.weights, self._batch([request]), **how):
+            yield int(step.token[0])
 
     def _many(self) -> bool:
-        return bool(self.settings.stop) or len(self.rows) * self.settings.best_of > self.settings.batch_size
+        return bool(self.settings.stop) or len(self.ids) * self.settings.best_of > self.settings.batch_size
 
     def _failures(self, start: int, end: int) -> Iterator[Answer]:
         for number in range(start, end):
@@ -127,16 +140,18 @@ class Answering:
     def _requests(self) -> Iterator[_Request]:
         """Each with its image, read when its turn comes; those that fail are noted, and to `raise` ends them."""
         with_image = self.bundle._with_image()
-        for i, (row, image) in enumerate(zip(self.rows, self.images, strict=True)):
-            if row is None:
+        for i, (ids, image) in enumerate(zip(self.ids, self.images, strict=True)):
+            if ids is None:
                 continue
             try:
-                row = with_image(row, image, self.settings.first + i)
+                row = with_image(self.bundle._row(ids), image, self.settings.first + i)
             except UserError as error:
                 self.failed[i] = str(error)
                 if self.settings.errors == 'raise':
                     return
                 continue
+            if self.tables is not None:
+                row[tries.KEY] = self.tables[i]
             self.taken.append(i)
             key = os.fspath(image) if isinstance(image, str | os.PathLike) else id(image)
             for sample in range(self.settings.best_of):
@@ -173,10 +188,10 @@ class Answering:
         """As many at once as there are slots."""
         settings, mesh = self.settings, self.bundle.mesh
         shards = meshes.data_parts(mesh)
-        slots = padded(min(settings.batch_size, len(self.rows) * settings.best_of), shards)
+        slots = padded(min(settings.batch_size, len(self.ids) * settings.best_of), shards)
         width = power_of_two(settings.max_new_tokens)
-        longest = max((_length(row) for row in self.rows if row is not None), default=0)
-        size = self._width(longest) + width
+        longest = max((len(prompt_rows.prompt(ids[0], self.contract)) for ids in self.ids if ids), default=0)
+        size = _width(self.contract.image_tokens + longest, self.contract) + width
         serve = self.bundle._once(
             ('serve', slots, width, size, settings.prompt_lookup),
             lambda: make_scheduler(
@@ -200,12 +215,9 @@ class Answering:
 
     def _batch(self, requests: list[_Request], **more: np.ndarray) -> dict[str, Any]:
         """On the device, as wide as the longest prompt needs, with the encoded images in the place of the images."""
-        width = self._width(max(_length(request.row) for request in requests))
-        rows = []
-        for request in requests:
-            kept = {name: request.row[name] for name in ('id', 'image_mask', tries.KEY) if name in request.row}
-            rows.append({name: request.row[name][:width] for name in _TEXT} | kept | more)
-        batch = self.bundle._stacked(rows)
+        names = (*_TEXT, 'id', 'image_mask', tries.KEY)
+        rows = [{name: request.row[name] for name in names if name in request.row} | more for request in requests]
+        batch = self.bundle._stacked(narrow(rows, self.contract))
         if not self.contract.image_tokens:
             return batch
         return batch | {'encoded': self._encode(requests, batch['id'].shape[0])}
@@ -233,27 +245,23 @@ class Answering:
         )
         return gather(self.encoded[key], which)
 
-    def _width(self, length: int) -> int:
-        """Slots of a row, image and text, that holds `length` of them: one of few."""
-        images, text = self.contract.image_tokens, self.contract.text_length
-        return images + min(max(power_of_two(max(length - images, 1)), _LEAST_WIDTH), text)
-
     def _answer(self, ids: np.ndarray, log_probs: np.ndarray) -> Answer:
-        text = self._text(ids.tolist())
+        text = self.text(ids.tolist())
         ends = [text.index(stop) for stop in self.settings.stop if stop in text]
         return Answer(text[: min(ends, default=len(text))], ids.tolist(), log_probs.tolist())
 
     def _score(self, answer: Answer) -> float:
         return answer.log_prob / max(len(answer.ids), 1) ** self.settings.length_penalty
 
-    def _text(self, ids: list[int]) -> str:
+    def text(self, ids: list[int]) -> str:
+        """What tokens of an answer spell."""
         return self.bundle.tokenizer.decode([i for i in ids if i != self.contract.eos_id])
 
     def _cut(self, ids: list[int]) -> int | None:
         """How many tokens it takes until a stop string is there."""
 
         def stopped(count: int) -> bool:
-            text = self._text(ids[:count])
+            text = self.text(ids[:count])
             return any(stop in text for stop in self.settings.stop)
 
         return next(filter(stopped, range(1, len(ids) + 1))) if stopped(len(ids)) else None
@@ -261,12 +269,24 @@ class Answering:
     def _progress(self, count: int) -> None:
         self.done += count
         if self.settings.progress:
-            self.settings.progress(self.done, len(self.rows) * self.settings.best_of)
+            self.settings.progress(self.done, len(self.ids) * self.settings.best_of)
 
 
 def padded(count: int, shards: int) -> int:
     """Rows of a batch of `count` real ones: a power of two times the shards of the batch, so that few are compiled."""
     return shards * power_of_two(-(-count // shards))
+
+
+def narrow(rows: list[dict[str, np.ndarray]], contract: Contract) -> list[dict[str, np.ndarray]]:
+    """The rows of a batch, as wide as its longest text needs."""
+    width = _width(max(map(_length, rows)), contract)
+    return [{name: array[:width] if name in _SLOTS else array for name, array in row.items()} for row in rows]
+
+
+def _width(length: int, contract: Contract) -> int:
+    """Slots of a row, image and text, that holds `length` of them: one of few."""
+    images, text = contract.image_tokens, contract.text_length
+    return images + min(max(power_of_two(max(length - images, 1)), _LEAST_WIDTH), text)
 
 
 def _length(row: Mapping[str, np.ndarray]) -> int:

@@ -129,13 +129,16 @@ def convert(
     return to
 
 
-def load_any(source: str | os.PathLike, *, tokenizer: str | os.PathLike = '', mesh: Mesh | None = None) -> Bundle:
+def load_any(
+    source: str | os.PathLike, *, tokenizer: str | os.PathLike = '', dtype: str = '', mesh: Mesh | None = None
+) -> Bundle:
     """The model at `source`, of any format that `convert` reads, ready for use; nothing is written.
 
     Args:
       source: as of `convert`.
       tokenizer: a SentencePiece file; '': the one that came with the model.
-      mesh: where its weights go, as float32; None: one device.
+      dtype: as of `load`; '': float32 if it is no bundle.
+      mesh: where its weights go; None: one device.
 
     Raises:
       UserError: as `convert` does; a bundle whose own tokenizer is not to be used.
@@ -144,7 +147,8 @@ def load_any(source: str | os.PathLike, *, tokenizer: str | os.PathLike = '', me
     if kind == 'bundle':
         if tokenizer:
             raise UserError(f'--tokenizer={tokenizer} has no effect: {source} is a bundle and brings its own')
-        return folder.load(source, mesh=mesh)
+        return folder.load(source, dtype=dtype, mesh=mesh)
+    stage = folder.in_dtype(model.stage(os.fspath(source)), dtype)
     pieces = Tokenizer.load(tokenizer) if tokenizer else model.own_tokenizer()
     if pieces is None:
         raise _no_tokenizer(source)
@@ -156,8 +160,9 @@ def load_any(source: str | os.PathLike, *, tokenizer: str | os.PathLike = '', me
     params = {}
     for name in model.weights.shapes:
         # As a bundle's are read: what is computed in a weight's dtype is not to depend on the file.
-        params[name] = jax.device_put(np.asarray(model.weights.read(name), np.float32), shardings[name])
-    return Bundle(model.stage(os.fspath(source)), contract, pieces, trees.nested(params), mesh)
+        array = model.weights.read(name).astype(dtype or np.float32, copy=False)
+        params[name] = jax.device_put(array, shardings[name])
+    return Bundle(stage, contract, pieces, trees.nested(params), mesh)
 
 
 def open_model(source: str | os.PathLike) -> tuple[Pretrained, str]:

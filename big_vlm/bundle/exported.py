@@ -42,6 +42,7 @@ def export(
     destination: str | os.PathLike,
     *,
     max_new_tokens: int = 64,
+    text_length: int | None = None,
     platforms: Sequence[str] = PLATFORMS,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[str]:
@@ -51,6 +52,7 @@ def export(
       model: the bundle.
       destination: a name that is free.
       max_new_tokens: generative: tokens that fit into the cache after the longest prompt.
+      text_length: generative: text slots of a prompt, all of which `prefill` reads; None: the contract's.
       platforms: to compile for, of PLATFORMS.
       say: called with the name of each function that is done.
 
@@ -58,7 +60,8 @@ def export(
       The functions' names.
 
     Raises:
-      UserError: a destination that exists or cannot be written, an unknown platform, no token to generate.
+      UserError: a destination that exists or cannot be written, an unknown platform, no token to generate, more text
+        slots than the contract has.
     """
     destination = pathlib.Path(destination).expanduser()
     if destination.exists():
@@ -70,9 +73,12 @@ def export(
         raise UserError(f'no platform to export for: name some of {", ".join(PLATFORMS)}')
     if max_new_tokens < 1:
         raise UserError(f'max_new_tokens {max_new_tokens}: must be at least 1')
+    text_length = model.contract.text_length if text_length is None else text_length
+    if not 0 < text_length <= model.contract.text_length:
+        raise UserError(f"text_length {text_length}: must be in 1 … {model.contract.text_length}, the contract's")
     if model.stage.task == 'mask_autoencoder':
         raise UserError('a mask autoencoder is not exported: its masks.npz holds all of it')
-    weights, functions = _functions(model, max_new_tokens)
+    weights, functions = _functions(model, max_new_tokens, text_length)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights)
     temporary = destination.with_name(f'.{destination.name}.saving')
     listing = {}
@@ -107,7 +113,9 @@ def export(
     return list(listing)
 
 
-def _functions(model: Bundle, max_new_tokens: int) -> tuple[_Arrays, dict[str, tuple[_Function, _Arrays]]]:
+def _functions(
+    model: Bundle, max_new_tokens: int, text_length: int
+) -> tuple[_Arrays, dict[str, tuple[_Function, _Arrays]]]:
     """(the weights by name, {function's name: (it, its inputs' shapes)})."""
     contract, predict = model.contract, model.task.predict
     [batch] = jax.export.symbolic_shape('batch')
@@ -135,8 +143,8 @@ def _functions(model: Bundle, max_new_tokens: int) -> tuple[_Arrays, dict[str, t
             'embed_text': (embed_text, text),
         }
 
-    structure = predict['decode_params'](model.params)
-    length = contract.image_tokens + contract.text_length
+    structure = model.decode_params()
+    length = contract.image_tokens + text_length
     cache_size = length + max_new_tokens
 
     def prefill(weights, inputs):

@@ -1,5 +1,6 @@
 """The folder of a bundle, written whole or not at all, and read back with every check that is cheap."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -17,12 +18,13 @@ from big_vlm.bundle import whole
 from big_vlm.bundle.card import model_card
 from big_vlm.bundle.model import Bundle
 from big_vlm.checkpoints import trees, weights
-from big_vlm.config import UserError
+from big_vlm.config import UserError, unknown
 from big_vlm.data.contract import Contract
 from big_vlm.data.tokenizer import Tokenizer
 from big_vlm.sharding import mesh as meshes
 from big_vlm.sharding import rules
 
+DTYPES = ('float32', 'bfloat16')
 FORMAT = 1  # one more whenever an older big_vlm could not read the folder
 
 
@@ -31,12 +33,14 @@ def load(
     *,
     adapters: str | os.PathLike | None = None,
     quantize: str = '',
+    dtype: str = '',
     mesh: Mesh | None = None,
 ) -> Bundle:
     """The model in a folder that `save` wrote, with its weights on `mesh` (default: one device).
 
     `adapters`, a folder of LoRA adapters, ours or PEFT's, are added to its matrices. What was trained beside the model,
-    such as a captioner, stays in the folder. `quantize`: 'int8' or 'int4' for `Bundle.quantised`.
+    such as a captioner, stays in the folder. `quantize`: 'int8' or 'int4' for `Bundle.quantised`. `dtype`: one of
+    DTYPES, in which weights are held and computed with; '': float32 weights, and the dtype of the config to compute in.
 
     Raises:
       UserError: no such folder, not a bundle, a bundle of a newer big_vlm, files missing or cut short, a tokenizer
@@ -44,12 +48,13 @@ def load(
     """
     path = pathlib.Path(path).expanduser()
     stage, contract, tokenizer, scores = read(path)
+    stage = in_dtype(stage, dtype)
     if mesh is None:
         mesh = meshes.make_mesh(data=1, devices=jax.local_devices()[:1])
     task = tasks.make(stage, contract, mesh)
     shapes = tasks.model_weights(tasks.weights(*jax.eval_shape(task.init, jax.random.key(0))))
     placed = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=sharding),
         shapes,
         rules.param_shardings(shapes, mesh),
     )
@@ -58,6 +63,13 @@ def load(
         params = adapting.onto(params, adapting.read(adapters, stage, trees.flat(shapes)))
     bundle = Bundle(stage, contract, tokenizer, params, mesh, scores)
     return bundle.quantised(quantize) if quantize else bundle
+
+
+def in_dtype(stage: config.Stage, dtype: str) -> config.Stage:
+    """The stage with a model that computes in one of DTYPES, or '' for its own. Raises UserError for another."""
+    if dtype not in ('', *DTYPES):
+        raise unknown('dtype', dtype, DTYPES)
+    return dataclasses.replace(stage, model=dataclasses.replace(stage.model, dtype=dtype or stage.model.dtype))
 
 
 def read(path: pathlib.Path) -> tuple[config.Stage, Contract, Tokenizer, dict[str, Any]]:

@@ -1,7 +1,8 @@
 """A model in use: images and prompts in, answers, scores or embeddings out."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,8 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from big_vlm import config, tasks
-from big_vlm.bundle import inputs
-from big_vlm.bundle.answers import Answer, Answering, padded
+from big_vlm.bundle import inputs, streaming
+from big_vlm.bundle.answers import Answer, Answering, narrow, padded
 from big_vlm.bundle.settings import Settings
 from big_vlm.config import UserError
 from big_vlm.data import images as pictures
@@ -38,33 +39,51 @@ class Ranking:
     scores: list[float]
 
 
-@dataclasses.dataclass(eq=False)
 class Bundle:
     """A model with all that it takes to use it. From `load`, or built from the parts during training.
 
-    `params` are weights as the task's `predict` takes them: parameters, and a BatchNorm's running statistics.
     Images are paths, PIL images or uint8 arrays [H, W, 3] of any size; they are resized as in training. Where an
     example may have several (`contract.images`), a list of them is one example's, and so is a video, as frames. To a
     decoder alone, images are None.
     """
 
-    stage: config.Stage
-    contract: Contract
-    tokenizer: Tokenizer
-    params: Any
-    mesh: Mesh
-    scores: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self):
-        self.task = tasks.make(self.stage, self.contract, self.mesh)
+    def __init__(
+        self,
+        stage: config.Stage,
+        contract: Contract,
+        tokenizer: Tokenizer,
+        params: Any,
+        mesh: Mesh,
+        scores: Mapping[str, Any] | None = None,
+    ):
+        self.stage, self.contract, self.tokenizer, self.mesh = stage, contract, tokenizer, mesh
+        self.scores = scores or {}
+        self.task = tasks.make(stage, contract, mesh)
         self._compiled: dict[Any, Any] = {}
+        self._weights, self._unstacked = params, False
+
+    @property
+    def params(self) -> Any:
+        """Weights as the task's `predict` takes them: parameters, and a BatchNorm's running statistics. A copy of a
+        decoder's once it has answered, for it keeps them as `decode_params` then."""
+        if not self._unstacked:
+            return self._weights
+        return self.task.predict['stored_params'](self._weights)
+
+    def decode_params(self) -> Any:
+        """A decoder's weights as answers read them, layer by layer; from the first call on it holds no others."""
+        if not self._unstacked:
+            self._weights = jax.device_put(self.task.predict['decode_params'](self._weights))
+            self._unstacked = True
+        return self._weights
 
     def quantised(self, kind: str) -> 'Bundle':
         """The same model with its decoder's matrices in 8 or 4 bits, 'int8' or 'int4' (`models.quantised`): answers
         take less memory, on CPUs more time (docs/benchmarks.md), and may differ. The one it is made of is unchanged.
         Raises UserError for another kind and for a dual encoder."""
         self._require('generative', 'be quantised')
-        return dataclasses.replace(self, params=quantised.quantise_decoder(self.params, kind))
+        params = quantised.quantise_decoder(self.params, kind)
+        return Bundle(self.stage, self.contract, self.tokenizer, params, self.mesh, self.scores)
 
     def generate(
         self, images: Images | Sequence[Images] | None, prompts: str | Sequence[str], **settings: Any
@@ -93,6 +112,19 @@ class Bundle:
         made = Settings.of(settings)
         images, prompts = inputs.pair('images', self._looked_at(images), 'prompts', inputs.as_texts(prompts, 'prompts'))
         return iter(Answering(self, images, prompts, made))
+
+    def stream(self, image: Images | None, prompt: str, **settings: Any) -> Iterator[str]:
+        """The text of one answer in pieces, each as soon as it is there: never a part of a character, or of a stop
+        string. Together they are the text that `generate` gives.
+
+        Arguments and errors as of `generate`; beams, best_of and prompt_lookup, which do not say one token after the
+        other, are refused.
+        """
+        self._require('generative', 'generate answers')
+        made = Settings.of(settings)
+        made.check_stream()
+        answering = Answering(self, self._looked_at(None if image is None else [image]), [prompt], made)
+        return streaming.pieces(answering.tokens(), answering.text, made.stop)
 
     def score(
         self,
@@ -125,16 +157,15 @@ class Bundle:
         images, both = inputs.pair(
             'images', self._looked_at(images), 'prompts', list(zip(prompts, answers, strict=True))
         )
-        rows = [self._row(prompt, answer, f'prompts[{i}]') for i, (prompt, answer) in enumerate(both)]
-        run = self._once('token_scores', lambda: jax.jit(self.task.predict['token_scores']))
-        scored = []
-        for batch, count in self._batches(rows, images, batch_size):
-            for values in jax.device_get(run(self.params, batch))[:count]:
-                row, text = rows[len(scored)], both[len(scored)][1]
-                said = row['mask_loss'] > 0
-                log_probs = values[said[-len(values) :]]
-                scored.append(Answer(text, row['text'][said].tolist(), log_probs.tolist()))
-        return scored
+        ids = [self._ids(prompt, answer, f'prompts[{i}]') for i, (prompt, answer) in enumerate(both)]
+        longest = power_of_two(max(len(suffix) + 1 for _, suffix in ids))
+        run = self._once('token_scores', lambda: jax.jit(self.task.predict['token_scores'], static_argnums=2))
+        values: list[np.ndarray] = []
+        for batch, count in self._batches(map(self._row, ids), images, batch_size):
+            values += list(jax.device_get(run(self.decode_params(), batch, longest))[:count])
+        said = [[*suffix, self.contract.eos_id] for _, suffix in ids]
+        parts = zip(both, said, values, strict=True)
+        return [Answer(text, tokens, row[: len(tokens)].tolist()) for (_, text), tokens, row in parts]
 
     def rank(
         self,
@@ -159,13 +190,14 @@ class Bundle:
         images, prompts = inputs.pair('images', self._looked_at(images), 'prompts', inputs.as_texts(prompts, 'prompts'))
         candidates = list(candidates)
         table = constraints.table(self.tokenizer, candidates, rows=len(prompts), lower=self.contract.lower)
-        rows = [self._row(prompt, None, f'prompts[{i}]') for i, prompt in enumerate(prompts)]
-        run, weights = self._once('rank', lambda: make_score(self.task.predict)), self._decode_params()
+        ids = [self._ids(prompt, None, f'prompts[{i}]') for i, prompt in enumerate(prompts)]
+        run, weights = self._once('rank', lambda: make_score(self.task.predict)), self.decode_params()
         together = min(table.shape[1], power_of_two(max(batch_size, 1)))
         parts = []
         for start in range(0, table.shape[1], together):
-            some = [row | {tries.KEY: ids[start : start + together]} for row, ids in zip(rows, table, strict=True)]
-            batches = self._batches(some, images, max(batch_size // together, 1))
+            parted = zip(ids, table[:, start : start + together], strict=True)
+            rows = (self._row(prompt) | {tries.KEY: answers} for prompt, answers in parted)
+            batches = self._batches(rows, images, max(batch_size // together, 1))
             parts.append(np.concatenate([jax.device_get(run(weights, batch))[:count] for batch, count in batches]))
         scores = np.concatenate(parts, axis=1).sum(axis=2)
         if per_token:
@@ -217,17 +249,22 @@ class Bundle:
         ]
         return np.concatenate(parts)
 
-    def _batches(self, rows, images, batch_size) -> Iterator[tuple[dict[str, Any], int]]:
-        """Batches on the device with the number of their real rows."""
+    def _batches(
+        self, rows: Iterable[dict[str, Any]], images: Sequence[Any] | None, batch_size: int
+    ) -> Iterator[tuple[dict[str, Any], int]]:
+        """Batches on the device with the number of their real rows, which are made when it is their turn."""
         if batch_size < 1:
             raise UserError(f'batch_size {batch_size}: must be at least 1')
         with_image = self._with_image()
-        for start in range(0, len(rows), batch_size):
-            some = [dict(row) for row in rows[start : start + batch_size]]
-            for i, row in enumerate(some, start):
-                if images is not None:
-                    row |= with_image(row, images[i], i)
-                row['id'] = np.array([0, i], np.int32)
+
+        def whole(i, row):
+            row = row if images is None else with_image(row, images[i], i)
+            return row | {'id': np.array([0, i], np.int32)}
+
+        made = itertools.starmap(whole, enumerate(rows))
+        while some := list(itertools.islice(made, batch_size)):
+            if self.stage.task == 'generative':
+                some = narrow(some, self.contract)
             yield self._stacked(some), len(some)
 
     def _with_image(self) -> Callable[[dict[str, Any], ImageLike, int], dict[str, Any]]:
@@ -283,19 +320,23 @@ class Bundle:
             raise UserError('this model is a decoder alone and sees no images: leave them out')
         return [None]
 
-    def _row(self, prompt: str, answer: str | None, where: str) -> dict[str, np.ndarray]:
+    def _ids(self, prompt: str, answer: str | None, where: str) -> tuple[list[int], list[int] | None]:
+        """Of a prompt and its answer, for `_row`: rows have all slots, so they are made when they are needed."""
         prefix = self.tokenizer.encode(self._cased(prompt, where))
         suffix = None if answer is None else self.tokenizer.encode(self._cased(answer, where))
+        slots = self.contract.text_length
         try:
-            row = prompt_rows.generative_row(prefix, suffix, self.contract)
+            taken = len(prompt_rows.prompt(prefix, self.contract, room=int(suffix is not None)))
         except UserError as error:
             raise UserError(f'{where} {inputs.short(prompt)}: {error}') from None
-        if suffix is not None and row['mask_loss'].sum() <= len(suffix):  # cut: its log-probability would be another's
-            slots = self.contract.text_length
+        if suffix is not None and taken + len(suffix) + 1 > slots:  # cut, its log-probability would be another's
             raise UserError(
                 f'{where} {inputs.short(prompt)}: its answer does not fit into the {slots} text slots: shorten it'
             )
-        return row
+        return prefix, suffix
+
+    def _row(self, ids: tuple[list[int], list[int] | None]) -> dict[str, np.ndarray]:
+        return prompt_rows.generative_row(*ids, self.contract)
 
     def _cased(self, text: str, where: str) -> str:
         if not text.strip():
@@ -309,9 +350,6 @@ class Bundle:
                 'contrastive': 'a dual encoder such as SigLIP (a bundle whose task is contrastive)',
             }
             raise UserError(f'this bundle is {self.stage.task} and cannot {what}: that takes {other[task]}')
-
-    def _decode_params(self) -> Any:
-        return self._once('decode_params', lambda: self.task.predict['decode_params'](self.params))
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self._compiled:

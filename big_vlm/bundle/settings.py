@@ -89,6 +89,12 @@ class Settings:
             raise UserError(f'length_penalty {self.length_penalty}: must be a number')
         self.how(1)
 
+    def check_stream(self) -> None:
+        """Raises UserError for settings of which an answer is not said token by token."""
+        for name, off in (('beams', 1), ('best_of', 1), ('prompt_lookup', 0)):
+            if (value := getattr(self, name)) != off:
+                raise UserError(f'{name} {value}: a stream is said token by token; leave it out')
+
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Settings:
         """From keywords. Raises UserError for an unknown one."""

@@ -38,7 +38,8 @@ def decode(image: ImageLike, least: int = 0) -> np.ndarray:
     if isinstance(image, np.ndarray):
         return _from_array(image)
     if isinstance(image, Image.Image):
-        return _from_pillow(image)
+        with _decoding('the image'):  # a file that was opened is read here
+            return _from_pillow(image)
     if not isinstance(image, bytes):
         image = paths.read(image)
     if _is_plain_png(image):
@@ -75,15 +76,24 @@ def levels(image: bytes | paths.AnyPath | np.ndarray, indices: bool = False) -> 
 @contextlib.contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
     """A picture of one of FORMATS; whatever goes wrong inside is a ValueError."""
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+    with _decoding(f'the image ({len(data)} bytes)'):
+        try:
+            opened = Image.open(io.BytesIO(data), formats=FORMATS)
+        except UnidentifiedImageError:
+            raise ValueError(f'not an image in any known format ({len(data)} bytes; {", ".join(FORMATS)})') from None
+        with opened:
             yield opened
-    except UnidentifiedImageError:
-        raise ValueError(f'not an image in any known format ({len(data)} bytes; {", ".join(FORMATS)})') from None
+
+
+@contextlib.contextmanager
+def _decoding(what: str) -> Iterator[None]:
+    """Whatever a broken picture raises becomes a ValueError."""
+    try:
+        yield
     except ValueError:
         raise
     except Exception as error:  # Pillow's plugins raise nearly anything on a broken file
-        raise ValueError(f'cannot decode the image ({len(data)} bytes): {error}') from error
+        raise ValueError(f'cannot decode {what}: {error}') from error
 
 
 def check_size(image: Image.Image) -> None:
@@ -139,7 +149,7 @@ def told(image: object, where: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f'{where}: cannot read {image}: {error.strerror}') from error
+        raise UserError(f'{where}: cannot read {image}: {error.strerror or error}') from error
     except ValueError as error:
         raise UserError(f'{where}: {error}') from error
 

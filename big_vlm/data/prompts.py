@@ -66,6 +66,17 @@ def grounded_text(prompt: Sequence[int], answer: Sequence[int], contract: Contra
     return text, (np.arange(length) >= len(prompt)) & (np.arange(length) < len(ids))
 
 
+def prompt(prefix_ids: Sequence[int], contract: Contract, room: int = 0) -> list[int]:
+    """bos, prefix, separator. Raises TooLong (a UserError) where they leave fewer than `room` text slots."""
+    ids = [contract.bos_id, *prefix_ids, *contract.separator_ids]
+    if len(ids) + room > contract.text_length:
+        raise TooLong(
+            f'the prompt takes {len(ids)} tokens of the {contract.text_length} text slots: shorten it, '
+            'or raise contract.text_length'
+        )
+    return ids
+
+
 def generative_row(
     prefix_ids: Sequence[int],
     suffix_ids: Sequence[int] | None,
@@ -78,16 +89,11 @@ def generative_row(
     fit is cut, and then has no eos. Raises TooLong (a UserError) if the prompt does not fit, or leaves no slot for an
     answer that is given.
     """
-    prompt = [contract.bos_id, *prefix_ids, *contract.separator_ids]
+    asked = prompt(prefix_ids, contract, room=int(suffix_ids is not None))
     answer = [] if suffix_ids is None else [*suffix_ids, contract.eos_id]
-    if len(prompt) + (suffix_ids is not None) > contract.text_length:
-        raise TooLong(
-            f'the prompt takes {len(prompt)} tokens of the {contract.text_length} text slots: shorten it, '
-            'or raise contract.text_length'
-        )
     alone, images, total = contract.image_alone, contract.image_tokens, contract.image_tokens + contract.text_length
-    turns = [(prompt, answer[: contract.text_length - len(prompt)])]
-    room = contract.text_length - len(prompt) - len(answer)
+    turns = [(asked, answer[: contract.text_length - len(asked)])]
+    room = contract.text_length - len(asked) - len(answer)
     for prefix, suffix in more:
         turn = [contract.bos_id] * alone + [*prefix, *contract.separator_ids], [*suffix, contract.eos_id]
         room -= sum(map(len, turn))
@@ -95,14 +101,14 @@ def generative_row(
             break
         turns.append(turn)
     ids, segment, position, starts, weights = [], [], [], [], []
-    for number, (prompt, answer) in enumerate(turns, start=1):
-        ids += prompt + answer
-        segment += [number if alone else 1] * len(prompt + answer)
+    for number, (asked, answer) in enumerate(turns, start=1):
+        ids += asked + answer
+        segment += [number if alone else 1] * len(asked + answer)
         first = images if alone else images + len(position)
-        position += range(first, first + len(prompt + answer))
+        position += range(first, first + len(asked + answer))
         causal = int(contract.causal_prompt)
-        starts += [int(alone or number > 1 or causal)] + [causal] * (len(prompt) - 1) + [1] * len(answer)
-        weights += [0] * len(prompt) + [1 / max(len(answer), 1)] * len(answer)
+        starts += [int(alone or number > 1 or causal)] + [causal] * (len(asked) - 1) + [1] * len(answer)
+        weights += [0] * len(asked) + [1 / max(len(answer), 1)] * len(answer)
     supervised = np.count_nonzero(weights)
     image_starts = np.arange(images) % (images // contract.images or 1) == 0 if contract.causal_prompt else 0
 

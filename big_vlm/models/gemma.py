@@ -351,6 +351,18 @@ def _single_layers(layers: dict, dtype: jnp.dtype) -> tuple[dict, ...]:
     return tuple(traverse_util.unflatten_dict(unstacked(i), sep='/') for i in range(depth))
 
 
+def stack_layers(params: dict) -> dict:
+    """What `unstack_layers` was given, bit for bit."""
+    layers = [traverse_util.flatten_dict(layer, sep='/') for layer in params['layers']]
+
+    def stacked(path):
+        weights = [layer[path] for layer in layers]
+        weights = [w.published() if isinstance(w, matrices.OutputsFirst) else w for w in weights]
+        return jax.tree.map(lambda *w: jnp.stack(w), *weights)
+
+    return {**params, 'layers': traverse_util.unflatten_dict({path: stacked(path) for path in layers[0]}, sep='/')}
+
+
 def run_layers(model: Gemma, params: dict, x, position, mask=None, cache=None, length=None):
     """The layers of unstacked `params`, one after another: (x, tuple of LayerCache).
 

@@ -53,9 +53,12 @@ class OutputsFirst:
     def of(cls, weight: jax.Array, found: Axes) -> OutputsFirst:
         """The parameter `weight`, whose `axes` are `found`."""
         inputs, outputs = found
-        last = [weight.ndim + axis for axis in (*outputs, *inputs)]
-        stack = [axis for axis in range(weight.ndim) if axis not in last]
-        return cls(weight.transpose([*stack, *last]), inputs, outputs)
+        return cls(weight.transpose(_order(weight.ndim, inputs, outputs)), inputs, outputs)
+
+    def published(self) -> jax.Array:
+        """The parameter that it was made of."""
+        order = _order(self.values.ndim, self.inputs, self.outputs)
+        return self.values.transpose([order.index(axis) for axis in range(self.values.ndim)])
 
     def einsum(self, equation: str, x: jax.Array) -> jax.Array:
         """`jnp.einsum` of rows, the first letter of the equation, and the matrix, in the dtype of `x`."""
@@ -68,3 +71,8 @@ class OutputsFirst:
         w = self.values.reshape(*self.values.shape[: len(stack)], -1, rows.shape[1]).astype(x.dtype)
         y = jnp.einsum(f'RI,{stack}OI->{stack}RO', rows, w)
         return jnp.einsum(f'{stack}{of_x[0]}{outputs}->{out}', y.reshape(*y.shape[:-1], *sizes))
+
+
+def _order(ndim: int, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> list[int]:
+    last = [ndim + axis for axis in (*outputs, *inputs)]
+    return [axis for axis in range(ndim) if axis not in last] + last

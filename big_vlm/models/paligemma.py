@@ -129,7 +129,7 @@ class PaliGemma:
         """The whole sequence at once, for training and scoring.
 
         Args:
-          params: as `init` returns them (layers stacked).
+          params: as `init` returns them (layers stacked), or from `unstack_layers`, where they are not trained.
           image: float [B,I,H,W,3] in the model's value range, or None for text alone; to a NaFlex tower, of one image,
             (patches, mask, grid), whose slots beyond its patches are padding in `segment`.
           image_mask: bool [B,I], False for images that are only padding; None: all real.
@@ -146,9 +146,9 @@ class PaliGemma:
 
         Returns:
           (logits float32 [B, T - logits_from, V], where logits[:, i] predict slot logits_from + i + 1, out). `out` has
-          'decoded' [B,T,D] (before the final norm: `gemma.logits` on a gather of it gives logits at chosen slots),
-          'blocks' [L,B,T,D], the image tower's under 'img/...' (in training with a BatchNorm 'img/stats'), and if asked
-          'attention' float32 [L,B,N,T,T].
+          'decoded' [B,T,D] (before the final norm: `gemma.logits` on a gather of it gives logits at chosen slots), the
+          image tower's under 'img/...' (in training with a BatchNorm 'img/stats'), and of stacked layers 'blocks'
+          [L,B,T,D] and if asked 'attention' float32 [L,B,N,T,T].
         """
         chex.assert_equal_shape([text, segment, position, mask_ar])
         rngs = (None, None) if rng is None else tuple(jax.random.split(rng))
@@ -158,9 +158,12 @@ class PaliGemma:
             out = {f'img/{k}': v for k, v in out.items()}
         x = self.embed(params, features, image_mask, text)
         mask = masks.attention_mask(segment, mask_ar)
-        llm_rngs = None if rng is None else {'dropout': rngs[1]}
-        llm_params = {'params': params['llm']}
-        x, llm_out = self.llm.apply(llm_params, x, position, mask, train=train, weights=attention, rngs=llm_rngs)
+        if isinstance(params['llm']['layers'], tuple):
+            (x, _), llm_out = gemma.run_layers(self.llm, params['llm'], x, position, mask), {}
+        else:
+            llm_rngs = None if rng is None else {'dropout': rngs[1]}
+            llm_params = {'params': params['llm']}
+            x, llm_out = self.llm.apply(llm_params, x, position, mask, train=train, weights=attention, rngs=llm_rngs)
         logits = None if logits_from is None else gemma.logits(self.llm, params['llm'], x[:, logits_from:])
         return logits, out | llm_out | {'decoded': x}
 
@@ -277,8 +280,19 @@ def pool(patches: jax.Array, tokens: int) -> jax.Array:
 
 
 def unstack_layers(params: dict, dtype: jnp.dtype = jnp.float32) -> dict:
-    """Parameters for `prefill` and `decode_step`: the decoder's layers one by one, see `gemma.unstack_layers`."""
+    """Parameters for `prefill` and `decode_step`: the decoder's layers one by one, as they may be already, see
+    `gemma.unstack_layers`."""
+    if isinstance(params['llm']['layers'], tuple):
+        return params
     return {**params, 'llm': gemma.unstack_layers(params['llm'], dtype)}
+
+
+def stack_layers(params: dict) -> dict:
+    """What `unstack_layers` was given, but for adapters. Copies the layers, and nothing else."""
+    return {**params, 'llm': {**params['llm'], 'layers': _stacked(params['llm'])}}
+
+
+_stacked = jax.jit(lambda llm: gemma.stack_layers(llm)['layers'])
 
 
 def from_config(model: config.Model, *, image_size: int, vocab_size: int, max_patches: int = 0) -> PaliGemma:

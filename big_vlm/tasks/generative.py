@@ -12,11 +12,11 @@ from jax.sharding import Mesh
 from big_vlm import config
 from big_vlm.data.contract import Contract
 from big_vlm.models import gemma, lora, paligemma
-from big_vlm.ops import kv_cache, token_loss
+from big_vlm.ops import chunks, kv_cache, token_loss
 from big_vlm.ops.gathered_loss import gathered_loss
 from big_vlm.tasks import images
 
-# Bytes of a device from which `token_loss='auto'` does not make all logits: those of 256 tokens of Gemma's vocabulary.
+# Bytes of a device from which `token_loss='auto'`, or a score, does not make all logits: 256 tokens of Gemma's words.
 _DENSE_BYTES = 2**28
 
 
@@ -119,14 +119,16 @@ class Generative:
 
         decode_params(weights): the weights that `prefill` and `decode_step` take, layer by layer, with adapters of LoRA
           added in the dtype of activations; make them once. It is compiled: `jax.jit` would copy what stays the same.
+        stored_params(decode_params): the weights that they were made of
         encode(decode_params, batch) → a pytree with leading axis [B], what the images alone decide
         prefill(decode_params, batch, cache_size, ahead=0) → (logits float32 [B,V] after each prompt, KVCache). A batch
           may have `encoded`, as `encode` made it of the same images, in the place of its images.
         decode_step(decode_params, cache, token int32 [B]) → (logits float32 [B,V], KVCache)
         extend(decode_params, cache, tokens int32 [B,T]) → (logits float32 [B,T,V] after each, KVCache), T ≤ ahead + 1
         rewind(cache, count int32 [B]) → KVCache without the last so many tokens of each row, of those of one `extend`
-        score(weights, batch) → float32 [B], log-probability of each row's supervised tokens
-        token_scores(weights, batch) → float32 [B,t], of each text slot; 0 where it is not supervised
+        score(weights or decode_params, batch) → float32 [B], log-probability of each row's supervised tokens
+        token_scores(weights or decode_params, batch, count) → float32 [B,count], of each of them in order, 0 behind
+          them; the logits are of `count` tokens, which is as many as any row has
         attention(weights, batch) → float32 [L,B,N,T,T], what every token attends to
         """
 
@@ -146,19 +148,27 @@ class Generative:
         def extend(params, cache, tokens):
             return self.model.extend(params, tokens, cache)
 
-        def token_scores(weights, batch):
+        def token_scores(weights, batch, count):
             states, targets, mask, _ = self.supervised(weights, None, batch, None)
-            logits = gemma.logits(self.model.llm, weights['llm'], states)
-            return token_loss.log_prob(logits, targets) * (mask > 0)
+            first = jnp.argsort(mask <= 0, axis=1, stable=True)[:, :count]
+            states = jnp.take_along_axis(states, first[..., None], axis=1)
+            targets, mask = (jnp.take_along_axis(x, first, axis=1) for x in (targets, mask))
+
+            def log_prob(states, targets):
+                return token_loss.log_prob(gemma.logits(self.model.llm, weights['llm'], states), targets)
+
+            at_once = max(_DENSE_BYTES // (4 * len(states) * self.contract.vocab_size), 1)
+            return chunks.over_positions(log_prob, at_once, states, targets) * (mask > 0)
 
         def score(weights, batch):
-            return jnp.sum(token_scores(weights, batch), axis=-1)
+            return jnp.sum(token_scores(weights, batch, batch['text'].shape[1]), axis=-1)
 
         def attention(weights, batch):
             return self.model.apply(weights, *self._inputs(batch), attention=True)[1]['attention']
 
         return {
             'decode_params': decode_params,
+            'stored_params': paligemma.stack_layers,
             'encode': encode,
             'prefill': prefill,
             'decode_step': decode_step,

@@ -71,6 +71,18 @@ def test_broken_pictures(cut):
             images.decode(data[:cut])
 
 
+def test_broken_pictures_that_pillow_has_opened(tmp_path):
+    """Their pixels are read when they are asked for, and what Pillow raises then is of many kinds."""
+    jpeg, png = (encoded(Image.fromarray(np.tile(PICTURE, (20, 20, 1))), kind) for kind in ('jpeg', 'png'))
+    for name, data in (('a.jpg', jpeg[:-200]), ('a.png', png[:100] + bytes(20) + png[120:])):
+        (tmp_path / name).write_bytes(data)
+        with (
+            pytest.raises(UserError, match='^photo: cannot decode the image: [a-z]'),
+            Image.open(tmp_path / name) as it,
+        ):
+            images.prepare(it, CONTRACT, where='photo')
+
+
 def test_a_png_without_a_header():
     data = b'\x89PNG\r\n\x1a\n' + b'\0\0\0\0IEND\xaeB`\x82'
     for cut in (data, data[:8] + data[12:]):

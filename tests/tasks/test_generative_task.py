@@ -190,7 +190,9 @@ def test_an_answer_does_not_see_its_own_future():
     assert np.abs(one - other).max() > 1e-3
 
 
-def test_score_is_the_log_probability_of_the_answer():
+def test_score_is_the_log_probability_of_the_answer(monkeypatch):
+    """Whose logits are made of three tokens at a time."""
+    monkeypatch.setattr(generative, '_DENSE_BYTES', 3 * 4 * B * VOCAB)
     score = jax.jit(make().predict['score'])(params(), batch())
     np.testing.assert_allclose(score, log_probs(batch())[0].sum(axis=1), atol=1e-4)
     assert score[3] == 0

@@ -6,9 +6,10 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
-from tools.bench import interleaved
+from tools.bench import decode, interleaved, paligemma_pair
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -51,3 +52,28 @@ def test_both_clocks_run():
     wall, cpu = interleaved.both_clocks(sides, 3)
     assert min(wall['sleeps']) >= 0.01 > max(cpu['sleeps']) > 0
     assert min(cpu['computes']) > 0.001 and len(wall['computes']) == 3
+
+
+@pytest.mark.slow
+def test_decoding_is_timed_in_batches_and_dtypes(capsys, monkeypatch):
+    monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+    monkeypatch.setenv('OMP_WAIT_POLICY', 'PASSIVE')
+    assert decode.main(['--shape=tiny', '--dtype=bfloat16', '--batch=2', '--rounds=1']) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (told['batch'], told['dtype'], told['platform']) == (2, 'bfloat16', 'cpu')
+    assert told['tokens/s after it'] > 0 and told['first token ms'] > 0 and 'transformers' not in told['seconds']
+
+
+def test_what_cannot_be_timed(capsys, monkeypatch):
+    monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+    monkeypatch.setenv('OMP_WAIT_POLICY', 'PASSIVE')
+    for words, message in ((['--case=slots', '--batch=2'], 'go with --case=paligemma'), (['--batch=0'], '--batch=0')):
+        assert decode.main(words) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_weights_are_drawn_alike_here_and_on_a_device():
+    path, shape = 'llm/layers/mlp/linear', (1, 64, 64)
+    here, there = (draw(path, shape, 'bfloat16') for draw in (paligemma_pair.drawn, paligemma_pair.drawn_on_device))
+    assert here.dtype == there.dtype and here.shape == there.shape
+    assert abs(np.asarray(here, np.float32).std() / np.asarray(there, np.float32).std() - 1) < 0.05

@@ -128,6 +128,7 @@ def test_what_quantised_weights_cost_in_answers(scored, config, tmp_path, capsys
     ('words', 'message'),
     [
         (['--quantize=int3'], "unknown quantisation 'int3'"),
+        (['--dtype=float16'], "unknown dtype 'float16'"),
         (['--evals=sai'], "unknown evaluation 'sai' (--evals, stage multimodal): did you mean 'say'"),
         (['--stage=multi'], "unknown stage 'multi' (--stage): did you mean 'multimodal'"),
         (['--against=nowhere.jsonl'], 'nowhere.jsonl: cannot be read'),

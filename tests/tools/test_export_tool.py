@@ -53,12 +53,14 @@ def test_a_decoder(micro_run, tmp_path):
     asked = ['caption en', 'how many digits are there?']
     expected = model.generate(list(images(2)), asked, max_new_tokens=6)
     folder = tmp_path / 'exported'
-    assert export.main([str(micro_run / 'multimodal' / 'bundle'), f'--stablehlo={folder}', '--max_new_tokens=8']) == 0
+    words = [str(micro_run / 'multimodal' / 'bundle'), f'--stablehlo={folder}', '--max_new_tokens=8']
+    assert export.main([*words, '--text_length=12']) == 0
     weights = load_file(folder / 'weights' / 'model.safetensors')
     rows = [prompts.generative_row(model.tokenizer.encode(prompt), None, model.contract) for prompt in asked]
     manifest = json.loads((folder / 'manifest.json').read_text())
     wanted = manifest['functions']['prefill']['inputs']
-    batch = {name: np.stack([row[name] for row in rows]) for name in wanted if name in rows[0]}
+    slots = model.contract.image_tokens + 12
+    batch = {name: np.stack([row[name][:slots] for row in rows]) for name in wanted if name in rows[0]}
     batch['image'] = np.stack([prepare(x, model.contract) for x in images(2)])[:, None]
     batch['image_mask'] = np.ones((2, 1), bool)
     assert batch.keys() == wanted.keys()
@@ -88,6 +90,7 @@ def test_the_manifest_and_the_platforms(exported):
         (['--stablehlo={there}'], 'exists: choose another name'),
         (['--stablehlo={free}', '--platforms=cpu,gpu'], "unknown platform 'gpu'"),
         (['--stablehlo={free}', '--max_new_tokens=8'], 'is a dual encoder'),
+        (['--stablehlo={free}', '--text_length=8'], 'is a dual encoder'),
     ],
 )
 def test_what_cannot_be(exported, micro_run, words, message, capsys):

@@ -87,6 +87,10 @@ class Answering:
             text = f'<loc0256><loc0256><loc0767><loc0767> {prompt}'
             yield bundle.Answer(text, [5, 6, 1], [-0.1234567, -0.5, -1e-7])
 
+    def stream(self, image, prompt, **settings):
+        self.asked.append((image, prompt, settings))
+        yield from ('a ', 'Bär, ', prompt)
+
 
 @pytest.fixture
 def answering(monkeypatch, tmp_path):
@@ -94,7 +98,7 @@ def answering(monkeypatch, tmp_path):
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save('a.png')
     Image.fromarray(np.zeros((40, 80, 3), np.uint8)).save('b.png')
     fake = Answering()
-    monkeypatch.setattr(big_vlm, 'load', lambda path, quantize: fake, raising=False)
+    monkeypatch.setattr(big_vlm, 'load', lambda path, **how: fake, raising=False)
     return fake
 
 
@@ -110,7 +114,7 @@ def test_every_setting_reaches_the_model(answering, capsys):
     given = dict(max_new_tokens=5, temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, repetition_penalty=1.2, beams=2)
     given |= dict(best_of=3, prompt_lookup=4, length_penalty=0.5, seed=4, grammar='boxes', batch_size=8)
     words = [f'--{name}={value}' for name, value in given.items()]
-    words[-1:] = ['--slots=8', '--choices=a,b', '--stop=a', '--stop= b']
+    words[-1:] = ['--slots=8', '--choices=a, b', '--stop=a', '--stop= b']
     assert generate.main(['BUNDLE', '--image=a.png', '--prompt=x', *words]) == 0
     [(_, _, settings)] = answering.asked
     assert settings == given | {'stop': ['a', ' b'], 'choices': ['a', 'b'], 'errors': 'raise'}
@@ -133,6 +137,22 @@ def test_one_that_fails_leaves_the_others(answering, capsys, monkeypatch):
         'not answered: images[1]: no picture',
         'error: 1 of 3 requests could not be answered, each named above',
     ]
+
+
+def test_a_stream_is_printed_as_it_comes(answering, capsys):
+    assert generate.main(['BUNDLE', '--image=a.png', '--prompt=three', '--stream', '--stop=x']) == 0
+    assert capsys.readouterr().out == 'a Bär, three\n'
+    [(image, prompt, settings)] = answering.asked
+    assert (image, prompt, settings['stop']) == ('a.png', 'three', ['x'])
+    for more in ('--json', '--prompt=four', '--draw=a.png'):
+        assert generate.main(['BUNDLE', '--image=a.png', '--prompt=three', '--stream', more]) == 2
+        assert '--stream prints one answer' in capsys.readouterr().err
+
+
+def test_a_public_checkpoint_in_bfloat16():
+    model = generate.load(str(ROOT / 'tests' / 'goldens' / 'gemma3'), dtype='bfloat16')
+    assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype('bfloat16')}
+    assert model.task.dtype == jnp.bfloat16
 
 
 def test_json_lines_and_progress(answering, capsys):
@@ -183,8 +203,12 @@ def test_a_trained_bundle_answers(micro_run, tmp_path, capsys):
 
     assert generate.main([words[0], '--prompt=caption en']) == 2
     assert 'no images: this model answers about images' in capsys.readouterr().err
-    assert generate.main([*words, '--prompt=ocr', '--quantize=int3']) == 2
-    assert "unknown quantisation 'int3'" in capsys.readouterr().err
+    for option, message in (
+        ('--quantize=int3', "unknown quantisation 'int3'"),
+        ('--dtype=int8', "unknown dtype 'int8'"),
+    ):
+        assert generate.main([*words, '--prompt=ocr', option]) == 2
+        assert message in capsys.readouterr().err
 
     for prompt, message in (('', 'prompts[0] is empty'), ('red three ' * 40, 'contract.text_length')):
         assert generate.main([*words, f'--prompt={prompt}']) == 2

@@ -8,7 +8,8 @@ from tools import command
 
 EXPLAIN = """A PaliGemma of some 50 M random float32 parameters, one 224 px image, a prompt of 16 tokens, both in one
 process, taking turns; the tokens are compared first. Each side is timed against itself too: that ratio is the noise.
-Needs torch and transformers (pip install -e '.[parity]'); without them, says so and ends.
+Needs torch and transformers (pip install -e '.[parity]'); without them, says so and ends. For another device or
+shape, tools.bench.decode --case=paligemma tells the time of our first token.
 
 example:
   python -m tools.bench.first_token --rounds=9

@@ -1,4 +1,4 @@
-"""One PaliGemma of random weights twice, here and in transformers: what the decoding benchmarks compare."""
+"""One PaliGemma of random weights, here and if asked in transformers: what the decoding benchmarks time."""
 
 import dataclasses
 import math
@@ -9,7 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 NAMES = ('image_mask', 'text', 'segment', 'position', 'mask_ar')
-VOCAB = 16_384
+_SMALL = dict(width=512, depth=8, mlp_dim=2048, num_heads=8, num_kv_heads=1, head_dim=64)
+_TINY = dict(width=64, depth=2, mlp_dim=64, num_heads=2, num_kv_heads=1, head_dim=32)
+# Name → image tower, decoder, vocabulary.
+SHAPES = {
+    'tiny': (dict(variant='mu/14', width=32, mlp_dim=32, depth=1), dict(variant='gemma_2b', **_TINY), 512),
+    'small': (dict(variant='S/14', depth=6), dict(variant='gemma_2b', **_SMALL), 16_384),
+    '3b': (dict(variant='So400m/14'), dict(variant='gemma_2b'), 257_152),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +30,9 @@ class Pair:
     theirs: Any
 
 
-def make(image_size: int = 224, transformers: bool = True) -> Pair:
-    """A tower of S/14's width with 6 layers, a decoder of width 512 with 8; 49 M parameters at 224 px, float32."""
+def make(image_size: int = 224, transformers: bool = True, shape: str = 'small', dtype: str = 'float32') -> Pair:
+    """One of SHAPES, weights and computation in `dtype`. 'small': a tower of S/14's width with 6 layers, a decoder of
+    width 512 with 8; 49 M parameters at 224 px. '3b': PaliGemma 3B. On an accelerator its weights are drawn there."""
     import jax
     import jax.numpy as jnp
 
@@ -35,17 +43,16 @@ def make(image_size: int = 224, transformers: bool = True) -> Pair:
     from big_vlm.models import paligemma
     from big_vlm.ops import pixels
 
-    sizes = dict(width=512, depth=8, mlp_dim=2048, num_heads=8, num_kv_heads=1, head_dim=64)
-    settings = config.Model(
-        image=config.ImageTower(variant='S/14', depth=6), decoder=config.Decoder(variant='gemma_2b', **sizes)
-    )
-    model = paligemma.from_config(settings, image_size=image_size, vocab_size=VOCAB)
+    tower, decoder, vocab = SHAPES[shape]
+    sections = dict(image=config.ImageTower(**tower), decoder=config.Decoder(**decoder))
+    settings = config.Model(**sections, dtype=dtype)
+    model = paligemma.from_config(settings, image_size=image_size, vocab_size=vocab)
     shapes = trees.flat(jax.eval_shape(model.init, jax.random.key(0)))
-    flat = {path: _drawn(path, x.shape) for path, x in shapes.items()}
-    weights = trees.nested(flat)
+    draw = drawn if jax.default_backend() == 'cpu' else drawn_on_device
+    flat = {path: draw(path, x.shape, dtype) for path, x in shapes.items()}
 
     def inputs(batch):
-        return pixels.to_model_range(batch['image'], (-1, 1), jnp.float32), *(batch.get(name) for name in NAMES)
+        return pixels.to_model_range(batch['image'], (-1, 1), jnp.dtype(dtype)), *(batch.get(name) for name in NAMES)
 
     predict = {
         'prefill': lambda params, batch, size: model.prefill(params, *inputs(batch), cache_size=size),
@@ -54,27 +61,41 @@ def make(image_size: int = 224, transformers: bool = True) -> Pair:
     theirs = None
     if transformers:
         lazy = LazyWeights(shapes, flat.__getitem__, 'benchmark')
-        pretrained = Pretrained('paligemma', settings, config.Contract(image_size=image_size), VOCAB, lazy)
+        pretrained = Pretrained('paligemma', settings, config.Contract(image_size=image_size), vocab, lazy)
         theirs = _theirs(pretrained)
-    params = jax.jit(paligemma.unstack_layers)(weights)
+    params = jax.jit(paligemma.unstack_layers)(trees.nested(flat))
     return Pair(model, predict, params, sum(x.size for x in flat.values()), theirs)
 
 
-def _drawn(path: str, shape: tuple[int, ...]) -> Any:
+def drawn(path: str, shape: tuple[int, ...], dtype: str) -> Any:
     """Normal, by numpy: to compile a model's own `init` takes longer than to measure."""
+    import jax.numpy as jnp
     import numpy as np
 
+    rng, (centre, deviation) = np.random.default_rng(zlib.crc32(path.encode())), _spread(path, shape)
+    return (centre + deviation * rng.standard_normal(shape, np.float32)).astype(jnp.dtype(dtype))
+
+
+def drawn_on_device(path: str, shape: tuple[int, ...], dtype: str) -> Any:
+    """The like of `drawn`, of which nothing crosses to the device."""
+    import jax
+
+    centre, deviation = _spread(path, shape)
+    draw = jax.jit(lambda key: (centre + deviation * jax.random.normal(key, shape)).astype(dtype))
+    return draw(jax.random.key(zlib.crc32(path.encode())))
+
+
+def _spread(path: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Mean and standard deviation of a parameter."""
     from big_vlm.models import matrices
 
-    rng = np.random.default_rng(zlib.crc32(path.encode()))
     found = matrices.axes(path)
     deviation = math.prod(shape[axis] for axis in found[0]) ** -0.5 if found else 0.02
     if path.endswith('input_embedding'):
         deviation = shape[-1] ** -0.5
     # With smaller ones a decoder with tied embeddings repeats itself.
     deviation *= 2 if path.startswith('llm/layers') else 1
-    centre = 1 if path.startswith('img') and path.endswith('scale') else 0
-    return (centre + deviation * rng.standard_normal(shape, np.float32)).astype(np.float32)
+    return float(path.startswith('img') and path.endswith('scale')), deviation
 
 
 def _theirs(pretrained: Any) -> Any:
@@ -98,7 +119,7 @@ def batch_of(pair: Pair, lengths: list[int], width: int, seed: int = 0) -> dict[
     rng, rows, image = np.random.default_rng(seed), len(lengths), pair.model.image_tokens
     slots = np.broadcast_to(np.arange(image + width, dtype=np.int32), (rows, image + width))
     real = slots < image + np.array(lengths)[:, None]
-    text = np.where(real, rng.integers(10, VOCAB, real.shape), 0)
+    text = np.where(real, rng.integers(10, pair.model.llm.vocab_size, real.shape), 0)
     text[:, :image] = -1
     size = pair.model.image_size
     return {

@@ -108,8 +108,8 @@ def run(argv: Sequence[str]) -> None:
     if jax.process_index() == 0:
         report, commands = run_report.make(stages, flags.workdir, bundles, flags.config)
         for what, command in commands.items():
-            print(f'{what}: {command}')
-        print(f'report: {report}')
+            say(f'{what}: {command}')
+        say(f'report: {report}')
     meshes.wait('report')
 
 
@@ -142,7 +142,7 @@ def end_if_alone(error: Exception) -> None:
     if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError | ValueError) and _GONE(str(error)):
         why = ' '.join(str(error).split())[:160]
         line = f'another process of this run is gone ({why}): start all again, they go on from the newest checkpoint'
-        print(f'big_vlm: {line}', file=sys.stderr, flush=True)
+        say(f'big_vlm: {line}', sys.stderr)
         os._exit(INTERRUPTED)
 
 
@@ -175,10 +175,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _sigterm():
             run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        print(f'big_vlm: {error}', file=sys.stderr)
+        say(f'big_vlm: {error}', sys.stderr)
         return 2
     except KeyboardInterrupt:  # Outside the training loop, which saves first and ends with 75.
-        print(_STOPPED, file=sys.stderr)
+        say(_STOPPED, sys.stderr)
         return CTRL_C
     except OSError as error:  # a full disk, a folder of somebody else
         where = f'{error.filename}: ' if error.filename else ''
@@ -186,11 +186,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except Exception as error:
         from big_vlm.training.loop import Interrupted
+        from big_vlm.training.signals import Stopped
 
-        if not isinstance(error, Interrupted):
+        if not isinstance(error, Interrupted | Stopped):
             end_if_alone(error)
             raise
-        print(f'big_vlm: {error}', file=sys.stderr)
+        say(f'big_vlm: {error}' if isinstance(error, Interrupted) else _STOPPED, sys.stderr)
         return INTERRUPTED
     return 0
 

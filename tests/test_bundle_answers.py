@@ -148,7 +148,9 @@ def test_a_stream_is_the_answer_in_pieces(decoder, nine):
         assert ''.join(pieces) == answer.text and all(pieces) and len(pieces) > 1
         stop = answer.text[2:4]
         assert ''.join(decoder.stream(image, prompt, max_new_tokens=8, stop=stop)) == answer.text.split(stop)[0]
-    for name, value in (('beams', 2), ('prompt_lookup', 2)):
+    with pytest.raises(UserError, match='prompt is a list: must be one text'):
+        decoder.stream(images[0], prompts[:1])
+    for name, value in (('beams', 2), ('prompt_lookup', 2), ('errors', 'return')):
         with pytest.raises(UserError, match=f'{name} {value}: a stream'):
             decoder.stream(images[0], prompts[0], **{name: value})
     with pytest.raises(UserError, match='none.png'):

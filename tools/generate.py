@@ -27,7 +27,7 @@ EXAMPLES = """examples:
     python -m tools.generate gemma-3-270m-Q4_K_M.gguf --prompt='The capital of France is' --max_new_tokens=16
     python -m tools.generate paligemma-3b-mix-224.npz --tokenizer=gemma.model --image=scene.png --prompt='caption en'
 
-  One answer, printed as it is said; and a model of 3 billion weights in 6 GB of an accelerator's memory:
+  One answer, printed as it is said; and a model of 3 billion weights in 6 GB of memory, 10 while they are laid out:
     python -m tools.generate BUNDLE --image=scene.png --prompt='caption en' --stream
     python -m tools.generate paligemma-3b-mix-224 --image=scene.png --prompt='caption en' --dtype=bfloat16
 

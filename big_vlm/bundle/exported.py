@@ -13,6 +13,7 @@ A function takes two flat dicts, weights and inputs, and returns one; the batch 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -73,7 +74,8 @@ def export(
         raise UserError(f'no platform to export for: name some of {", ".join(PLATFORMS)}')
     if max_new_tokens < 1:
         raise UserError(f'max_new_tokens {max_new_tokens}: must be at least 1')
-    text_length = model.contract.text_length if text_length is None else text_length
+    if text_length is None or model.stage.task != 'generative':
+        text_length = model.contract.text_length
     if not 0 < text_length <= model.contract.text_length:
         raise UserError(f"text_length {text_length}: must be in 1 … {model.contract.text_length}, the contract's")
     if model.stage.task == 'mask_autoencoder':
@@ -101,7 +103,7 @@ def export(
             'jax': jax.__version__,
             'functions': listing,
             'weights': sorted(str(file.relative_to(temporary)) for file in temporary.glob('weights/*.safetensors')),
-            'contract': model.contract.to_dict(),
+            'contract': dataclasses.replace(model.contract, text_length=text_length).to_dict(),
         }
         text = json.dumps(manifest, indent=2, ensure_ascii=False) + '\n'
         (temporary / 'manifest.json').write_text(text, encoding='utf-8')

@@ -123,6 +123,8 @@ class Bundle:
         self._require('generative', 'generate answers')
         made = Settings.of(settings)
         made.check_stream()
+        if not isinstance(prompt, str):
+            raise UserError(f'prompt is a {type(prompt).__name__}: must be one text')
         answering = Answering(self, self._looked_at(None if image is None else [image]), [prompt], made)
         return streaming.pieces(answering.tokens(), answering.text, made.stop)
 

@@ -91,7 +91,7 @@ class Settings:
 
     def check_stream(self) -> None:
         """Raises UserError for settings of which an answer is not said token by token."""
-        for name, off in (('beams', 1), ('best_of', 1), ('prompt_lookup', 0)):
+        for name, off in (('beams', 1), ('best_of', 1), ('prompt_lookup', 0), ('errors', 'raise'), ('progress', None)):
             if (value := getattr(self, name)) != off:
                 raise UserError(f'{name} {value}: a stream is said token by token; leave it out')
 

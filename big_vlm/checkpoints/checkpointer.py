@@ -6,7 +6,7 @@ import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -140,6 +140,7 @@ class Checkpointer:
             if damage := self._damage if step == newest else manifest.problem(folder):
                 raise ValueError(damage)
             stored = trees.flat(self._manager.item_metadata(step)['state'].tree)
+            wanted |= _averages_of_frozen(wanted, stored)
             trees.check_same(wanted, stored, where)
             restored = self._manager.restore(
                 step,
@@ -332,3 +333,12 @@ def abstract(tree: Any, shardings: Any = None) -> Any:
     """ShapeDtypeStructs of a pytree, with its own shardings or those given."""
     shardings = jax.tree.map(lambda x: x.sharding, tree) if shardings is None else shardings
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def _averages_of_frozen(wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """What checkpoints had once: averages of parameters that are not trained. They are read, and left behind."""
+    averages = [key for key in stored if key.startswith('ema/') and key not in wanted]
+    if not any(key.startswith('ema/') for key in wanted):
+        return {}
+    like = {key: 'params/' + key.removeprefix('ema/') for key in averages}
+    return {key: wanted[of] for key, of in like.items() if of in wanted}

@@ -23,6 +23,7 @@ def eval_batches(
     *,
     check: Callable[[dict], Any] = lambda example: None,
     failures: Failures | None = None,
+    anywhere: Callable[[np.ndarray], np.ndarray] = lambda failed: failed,
 ) -> Iterator[tuple[loader.Batch, list[dict]]]:
     """(batch, records) over the first `examples` of a source (0: all), in order, each once.
 
@@ -32,13 +33,13 @@ def eval_batches(
 
     An example that fails, in the pipeline or in `check`, which gets what the pipeline made, is left out and counted in
     `failures`; the default's limit is a tenth of the examples. Raises UserError for more, and for a wrong pipeline.
-    Whoever reads the same source gets the same batches.
+    `anywhere`: which rows of a batch failed here, bool [b] → which did in any process; so all get the same batches.
     """
     total = min(examples, len(source)) if examples else len(source)
     failures = failures or Failures(source.name, 'left out', total)
 
-    def load(i: int) -> tuple[loader.Batch, dict] | None:
-        index, record = source.original(i), None
+    def load(index: int, i: int) -> tuple[loader.Batch, dict] | Exception:
+        record = None
         try:
             record = source[i]
             example = pipeline(record, transforms.Context(contract, tokenizer, train=False, seed=(seed, index)))
@@ -48,13 +49,19 @@ def eval_batches(
         except Exception as error:
             if is_for_all(error, record, source):
                 raise UserError(f'{source.name}: {error} (record {index})') from error
-            failures.bad(index, error)
-            return None
-        failures.good()
+            return error
         return made | {'id': np.array([0, index], np.int32)}, kept
 
     for start in range(0, total, batch_size):
-        loaded = [one for i in range(start, min(start + batch_size, total)) if (one := load(i)) is not None]
+        tried = [(index := source.original(i), load(index, i)) for i in range(start, min(start + batch_size, total))]
+        failed = anywhere(np.array([isinstance(one, Exception) for _, one in tried]))
+        loaded = []
+        for (index, one), without in zip(tried, failed, strict=True):
+            if without:
+                failures.bad(index, one if isinstance(one, Exception) else OSError('another process cannot read it'))
+            else:
+                failures.good()
+                loaded.append(one)
         if not loaded:
             continue
         made = [arrays for arrays, _ in loaded]

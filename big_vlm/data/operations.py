@@ -305,7 +305,7 @@ def tokenize(example: Example, context: 'Context') -> None:
 
     The picture gets its leading axis, and `image_mask` says which images are real; the slots of those that are missing,
     and where it is NaFlex's, slots without a patch, become padding. A decoder alone gets no picture. A prompt that does
-    not fit is a bad example in training and an error in evaluation; so is, in training, an empty answer. All turns of
+    not fit makes a bad example; so does, in training, an empty answer. All turns of
     the row are left in `turns`, those that did not fit too.
     """
     encode = context.tokenizer.encode

@@ -112,7 +112,7 @@ def write(
             if value != needed:
                 raise UserError(
                     f'{where}: contract.{key} is {value!r}, and llama.cpp reads the prompt of a Gemma with {needed!r}: '
-                    'write an .npz instead'
+                    'keep the bundle'
                 )
     family = pretrained.decoder_family(ours.variant)
     [architecture] = [theirs for theirs, name in _FAMILIES.items() if name == family]

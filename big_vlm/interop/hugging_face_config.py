@@ -226,7 +226,10 @@ def _expressible(model: Pretrained) -> None:
             needs.append(('the family of model.decoder.variant', family, ' or '.join(PALIGEMMA_DECODERS)))
     for key, value, needed in needs:
         if value != needed:
+            # An .npz has no contract, and what reads it takes the same for granted.
+            of_prompt = key.removeprefix('contract.') in pretrained.OF_PROMPTS
+            instead = 'keep the bundle' if of_prompt else 'write an .npz instead'
             raise UserError(
                 f'{model.weights.where}: {key} is {value!r}, and transformers computes a {model.family} with '
-                f'{needed!r}: write an .npz instead'
+                f'{needed!r}: {instead}'
             )

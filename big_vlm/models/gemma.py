@@ -352,7 +352,7 @@ def _single_layers(layers: dict, dtype: jnp.dtype) -> tuple[dict, ...]:
 
 
 def stack_layers(params: dict) -> dict:
-    """What `unstack_layers` was given, bit for bit."""
+    """What `unstack_layers` was given, bit for bit, but for adapters."""
     layers = [traverse_util.flatten_dict(layer, sep='/') for layer in params['layers']]
 
     def stacked(path):

@@ -90,6 +90,13 @@ def sum_of_shards(counts: np.ndarray, mesh: Mesh) -> np.ndarray:
     return told[first, 1:].sum(axis=0)
 
 
+def anywhere(flags: np.ndarray) -> np.ndarray:
+    """bool [N], where any process has one. To be asked by all processes at once."""
+    if jax.process_count() == 1:
+        return flags
+    return multihost_utils.process_allgather(flags).any(axis=0)
+
+
 def wait(name: str) -> None:
     """Until every process is here. `name` tells this place in the program from others."""
     if jax.process_count() > 1:

@@ -119,7 +119,7 @@ class Generative:
 
         decode_params(weights): the weights that `prefill` and `decode_step` take, layer by layer, with adapters of LoRA
           added in the dtype of activations; make them once. It is compiled: `jax.jit` would copy what stays the same.
-        stored_params(decode_params): the weights that they were made of
+        stored_params(decode_params): the weights that they were made of, adapters added
         encode(decode_params, batch) → a pytree with leading axis [B], what the images alone decide
         prefill(decode_params, batch, cache_size, ahead=0) → (logits float32 [B,V] after each prompt, KVCache). A batch
           may have `encoded`, as `encode` made it of the same images, in the place of its images.

@@ -171,6 +171,7 @@ class Evaluator:
             settings.examples if examples is None else examples,
             check=lambda record: _check_fields(settings, record),
             failures=failures,
+            anywhere=meshes.anywhere,
         ):
             signals.check()
             yield batch

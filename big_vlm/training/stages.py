@@ -40,6 +40,7 @@ from big_vlm.training import (
     loop,
     offloading,
     remembered,
+    signals,
     tokenizers,
     workdirs,
 )
@@ -118,8 +119,8 @@ def rehearse(stage: Stage, tokenizer: Tokenizer, where: str) -> None:
     """Makes the first batch of a stage's training and of each of its evaluations, before any stage is trained.
 
     Raises UserError, with `where`, the stage's dotted key: a field that the records do not have, a condition that none
-    meets, a prompt that does not fit, a pipeline that does not make what the model takes, a warmup that is longer than
-    so many epochs of the data.
+    meets, a first hundred of records that all fail, a pipeline that does not make what the model takes, a warmup that
+    is longer than so many epochs of the data.
     """
     mesh, contract = _mesh(stage), make_contract(stage, tokenizer)
     task = tasks.make(stage, contract, mesh)
@@ -263,13 +264,14 @@ def _evaluate(
 
 
 def _evaluate_what_is_new(stage: Stage, folder: pathlib.Path, path: pathlib.Path, where: str) -> None:
-    """The evaluations of a finished stage that have no scores yet, on its bundle."""
+    """The evaluations of a finished stage that have no scores yet, on its bundle. Raises signals.Stopped."""
     new = [which for which in stage.evals if which not in workdirs.scores(folder)]
     if new:
         model = bundle.load(path, mesh=_mesh(stage))
         evaluator = evaluation.Evaluator(stage, model.task, model.contract, model.tokenizer, model.mesh, folder)
-        for which in new:
-            _evaluate(evaluator, which, model.params, folder, where)
+        with signals.catch():
+            for which in new:
+                _evaluate(evaluator, which, model.params, folder, where)
 
 
 def make_contract(stage: Stage, tokenizer: Tokenizer) -> Contract:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import logging
 
 import numpy as np
@@ -376,6 +377,15 @@ def test_evaluation_leaves_bad_examples_out(tiny_digit_scenes, tokenizer, contra
         UserError, match='^damaged: 4 of 13 examples failed, the last one, record 12, with: cannot decod'
     ):
         list(batches(range(9, 13)))
+    for failed, told in ([8], 'cannot decode the image'), ([], 'another process cannot read it'):  # here, there
+        failures, asked = Failures('split', 'left out', 32), itertools.count()
+
+        def anywhere(failed, asked=asked):
+            return failed | (np.array([True, False]) if next(asked) == 4 else False)
+
+        there = batches(failed, failures=failures, anywhere=anywhere)
+        assert [batch['_mask'].sum() for batch, _ in there] == [1 if i == 4 else 2 for i in range(16)]
+        assert (failures.tried, failures.failed) == (32, 1) and f'record 8 left out: {told}' in caplog.text
     with pytest.raises(UserError, match=r"^damaged: unknown field 'captoin'.* \(record 0\)"):
         list(batches([], check=lambda record: fields.get(record, 'captoin')))
 

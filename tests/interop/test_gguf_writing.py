@@ -176,9 +176,9 @@ def test_a_decoder_alone_that_was_trained_with_other_prompts(tmp_path, field, va
     model = golden('gemma')
     model = dataclasses.replace(model, settings=dataclasses.replace(model.settings, **{field: value}))
     said = re.escape(f'contract.{field} is {value!r}, and')
-    with pytest.raises(UserError, match=f'{said} llama.cpp reads the prompt of a Gemma with .*: write an .npz'):
+    with pytest.raises(UserError, match=f'{said} llama.cpp reads the prompt of a Gemma with .*: keep the bundle'):
         write(tmp_path / 'x.gguf', model)
-    with pytest.raises(UserError, match=f'{said} transformers computes a gemma with .*: write an .npz'):
+    with pytest.raises(UserError, match=f'{said} transformers computes a gemma with .*: keep the bundle'):
         hugging_face.write(tmp_path / 'folder', model)
     assert list(tmp_path.iterdir()) == []
 

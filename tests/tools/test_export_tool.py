@@ -59,7 +59,8 @@ def test_a_decoder(micro_run, tmp_path):
     rows = [prompts.generative_row(model.tokenizer.encode(prompt), None, model.contract) for prompt in asked]
     manifest = json.loads((folder / 'manifest.json').read_text())
     wanted = manifest['functions']['prefill']['inputs']
-    slots = model.contract.image_tokens + 12
+    slots = model.contract.image_tokens + manifest['contract']['text_length']
+    assert manifest['contract']['text_length'] == 12
     batch = {name: np.stack([row[name][:slots] for row in rows]) for name in wanted if name in rows[0]}
     batch['image'] = np.stack([prepare(x, model.contract) for x in images(2)])[:, None]
     batch['image_mask'] = np.ones((2, 1), bool)

@@ -3,7 +3,10 @@
 import dataclasses
 import html
 import json
+import os
 import shutil
+import signal
+from types import SimpleNamespace
 
 import jax
 import micro_run as runs
@@ -17,7 +20,7 @@ from big_vlm.checkpoints import trees
 from big_vlm.config import UserError
 from big_vlm.ops import position_resize
 from big_vlm.reports.writers import read_csv
-from big_vlm.training import initial_weights, remembered, run_report, stages, tokenizers
+from big_vlm.training import initial_weights, remembered, run_report, signals, stages, tokenizers, workdirs
 from big_vlm.training import step as steps
 
 STAGES = ('pretrain', 'multimodal', 'transfer')
@@ -279,3 +282,20 @@ def test_a_report_does_without_pictures_that_find_no_room(another, tiny_digit_sc
     assert [line for line in capsys.readouterr().out.splitlines() if missing in line] == [
         f'{name}: pictures of the report {missing}' for name in STAGES
     ]
+
+
+def test_a_stop_is_heard_in_evaluations_of_a_finished_stage(tmp_path, monkeypatch):
+    """By several processes too, where JAX has the signal: between two batches."""
+    stage = SimpleNamespace(evals={'val': None})
+
+    def evaluate(name, params, must):
+        os.kill(os.getpid(), signal.SIGTERM)
+        signals.check()
+
+    model = SimpleNamespace(task=None, contract=None, tokenizer=None, mesh=None, params=None)
+    monkeypatch.setattr(stages.bundle, 'load', lambda path, mesh: model)
+    monkeypatch.setattr(stages, '_mesh', lambda stage: None)
+    monkeypatch.setattr(stages.evaluation, 'Evaluator', lambda *_: evaluate)
+    with pytest.raises(signals.Stopped):
+        stages._evaluate_what_is_new(stage, tmp_path, tmp_path / 'bundle', 'config.toy')
+    assert workdirs.scores(tmp_path) == {}

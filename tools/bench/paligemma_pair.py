@@ -63,7 +63,7 @@ def make(image_size: int = 224, transformers: bool = True, shape: str = 'small',
         lazy = LazyWeights(shapes, flat.__getitem__, 'benchmark')
         pretrained = Pretrained('paligemma', settings, config.Contract(image_size=image_size), vocab, lazy)
         theirs = _theirs(pretrained)
-    params = jax.jit(paligemma.unstack_layers)(trees.nested(flat))
+    params = paligemma.unstack_layers(trees.nested(flat))
     return Pair(model, predict, params, sum(x.size for x in flat.values()), theirs)
 
 

@@ -126,8 +126,8 @@ def test_what_does_not_go_together(stage, message):
 @pytest.mark.slow
 def test_an_image_that_is_missing_changes_nothing(tokenizer):
     """A model of two images given one is that of one image; of two, each has its place."""
-    both, single = make(TWO, tokenizer), make(GENERATIVE, tokenizer)
-    both.params = single.params
+    two, single = make(TWO, tokenizer), make(GENERATIVE, tokenizer)
+    both = bundle.Bundle(two.stage, two.contract, tokenizer, single.params, two.mesh)
     a, b = pictures(2)
     asked = ['caption en', 'detect three'], ['a red three', 'in the top']
     np.testing.assert_allclose(both.score([a, b], *asked), single.score([a, b], *asked), rtol=1e-5)

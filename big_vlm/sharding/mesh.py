@@ -90,9 +90,9 @@ def sum_of_shards(counts: np.ndarray, mesh: Mesh) -> np.ndarray:
     return told[first, 1:].sum(axis=0)
 
 
-def anywhere(flags: np.ndarray) -> np.ndarray:
-    """bool [N], where any process has one. To be asked by all processes at once."""
-    if jax.process_count() == 1:
+def anywhere(flags: np.ndarray, mesh: Mesh) -> np.ndarray:
+    """bool [N], where any process of the mesh has one. To be asked by all of them at once."""
+    if not mesh.is_multi_process:
         return flags
     return multihost_utils.process_allgather(flags).any(axis=0)
 

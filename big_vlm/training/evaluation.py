@@ -171,7 +171,7 @@ class Evaluator:
             settings.examples if examples is None else examples,
             check=lambda record: _check_fields(settings, record),
             failures=failures,
-            anywhere=meshes.anywhere,
+            anywhere=lambda failed: meshes.anywhere(failed, self.mesh),
         ):
             signals.check()
             yield batch

@@ -9,7 +9,7 @@ from big_vlm.checkpoints import trees
 from big_vlm.data.tokenizer import Tokenizer
 from big_vlm.interop import gguf_gemma
 from big_vlm.interop.lazy import LazyWeights
-from big_vlm.interop.pretrained import Pretrained
+from big_vlm.interop.pretrained import OF_TEXT, Pretrained
 from big_vlm.models import gemma
 
 torch = pytest.importorskip('torch')
@@ -29,7 +29,7 @@ WORDS = ('a red three in the top left', 'two blue circles', 'what is green ?')
 @pytest.mark.parametrize('family', DECODERS)
 def test_transformers_computes_the_same_from_our_file(tmp_path, family):
     tokenizer = Tokenizer.train(WORDS, 300, tmp_path / 'tokenizer.model').without_locations()
-    sections, settings = config.Model(decoder=DECODERS[family]), config.Contract(lower=False)
+    sections, settings = config.Model(decoder=DECODERS[family]), OF_TEXT
     shapes = Pretrained(family, sections, settings, tokenizer.base, None).expected()
     rng = np.random.default_rng(0)
     params = {name: 0.3 * rng.normal(size=leaf.shape).astype(np.float32) for name, leaf in shapes.items()}

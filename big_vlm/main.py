@@ -196,5 +196,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def let_go() -> None:
+    """Forgets what a full disk or a reader who has gone has not taken of standard output and error.
+
+    At its end Python would try once more, fail, and replace the exit status by 120.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+
+
 if __name__ == '__main__':
-    sys.exit(main())
+    status = main()
+    let_go()
+    sys.exit(status)

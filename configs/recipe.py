@@ -9,7 +9,8 @@ Every recipe takes, after the colon of its name and separated by commas:
     tokenizer=FILE          SentencePiece model; else one of the published size is trained on the texts
     fsdp=1                  devices among which every weight is split, 8 for large models; all others hold copies
     seed=0
-    runlocal                two steps of a tiny model per stage, on digit scenes unless `data` is given
+    runlocal                two steps of a tiny model per stage, from no other weights, on digit scenes unless `data`
+                            is given
 
 A recipe with a dual encoder is scored every 10,000 steps and at the end, and takes:
 
@@ -87,8 +88,11 @@ def run(args: dict, **stages: ConfigDict) -> ConfigDict:
 
 
 def path(args: dict, name: str) -> str:
-    """The checkpoint that the argument `name` gives, '' for 'none'. Raises ValueError if nothing was said."""
-    if not args[name] and not args['runlocal']:
+    """The checkpoint that the argument `name` gives, '' for 'none' and for a model too small for any. Raises ValueError
+    if nothing was said."""
+    if args['runlocal']:
+        return ''
+    if not args[name]:
         raise ValueError(f"this model begins from another's weights: give {name}=PATH, or {name}=none for random ones")
     return '' if args[name] == 'none' else args[name]
 

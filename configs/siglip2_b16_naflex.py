@@ -35,7 +35,7 @@ def get_config(arg: str = '') -> ConfigDict:
     naflex.optimizer.update(curve=(SWITCH, 1.0), warmup=dict(steps=0))
     naflex.contract = dict(max_patches=recipe.NAFLEX[-1], text_length=64)
     if args['siglip']:
-        naflex.init_from = dict(path=args['siglip'], fresh=('captioner/.*',))
+        naflex.init_from = dict(path=recipe.path(args, 'siglip'), fresh=('captioner/.*',))
         return recipe.run(args, naflex=naflex)
     naflex.init_from = dict(stage='pretrain')
     return recipe.run(args, pretrain=pretrain, naflex=naflex)

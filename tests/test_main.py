@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from unittest import mock
@@ -176,3 +177,12 @@ def test_help_teaches(capsys):
         'skips finished',
     ):
         assert words in said
+
+
+def test_a_reader_who_has_gone_leaves_the_exit_status():
+    """`big_vlm.main … | tee log`, Ctrl-C: a scheduler is told 75, and not Python's 120 for what it could not write."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = 'import sys; from big_vlm import main, config; config.say("stopping"); main.let_go(); sys.exit(75)'
+    with os.fdopen(writer, 'wb') as nobody:
+        assert subprocess.run([sys.executable, '-c', program], stdout=nobody, stderr=nobody).returncode == 75

@@ -75,11 +75,15 @@ def run(argv: list[str]) -> None:
         out.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before hours of work
         evaluator = evaluation.Evaluator(stage, model.task, model.contract, model.tokenizer, model.mesh, out)
         evaluator.rehearse(f'config.{name}')
-        scores, weights = {}, model.decode_params() if model.stage.task == 'generative' else model.params
+        before, scores, weights = (
+            workdirs.scores(out),
+            {},
+            model.decode_params() if model.stage.task == 'generative' else model.params,
+        )
         for which in chosen:
             with config.located(f'config.{name}.evals.{which}'):
                 scores[which] = evaluator(which, weights)
-            workdirs.write_scores(out, scores)  # what a later one that fails would lose
+            workdirs.write_scores(out, before | scores)  # what a later one that fails would lose
             if which in earlier:
                 _report(generation.read_predictions(out / f'predictions_{which}.jsonl'), earlier[which])
         if args.out:

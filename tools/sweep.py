@@ -27,8 +27,8 @@ EXPLAIN = """what is swept:
   together, and a tuple of such dicts is one sweep after the other.
 
 what it makes:
-  WORKDIR/lr=0.001,batch_size=64/  the working directory of each run, as big_vlm.main leaves it, and log.txt
-  WORKDIR/sweep.html, sweep.csv    one row a run: what is swept, the last loss, every score; the best are marked
+  WORKDIR/lr=0.001,batch_size=64,steps=1000/  the working directory of one run, as big_vlm.main leaves it, and log.txt
+  WORKDIR/sweep.html, sweep.csv  one row a run: what is swept, the last loss, every score; the best are marked
 
 All configs are checked before the first run begins. The same command again goes on: finished runs are skipped, one that
 was stopped or killed goes on from its checkpoint, one that failed is tried again. The same command in another shell,

@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 
 from big_vlm.checkpoints import manifest, together, trees
 from big_vlm.config import UserError, say
+from big_vlm.sharding import mesh as meshes
 
 _LEFT = '.left_behind'  # of a checkpoint's folder that a roll-back is about to delete
 
@@ -169,7 +170,7 @@ class Checkpointer:
                 # A deletion that is killed leaves a part, which must not count.
                 os.replace(self._directory / str(later), self._directory / f'{later}{_LEFT}')
             _clear(self._directory)
-        together.wait('checkpoints deleted')
+        meshes.wait('checkpoints deleted')
         self._manager.reload()
         return older[-1]
 
@@ -201,7 +202,7 @@ class Checkpointer:
                 part()
         except UserError as failed:
             error = failed
-        if not together.anywhere(error is not None):
+        if not meshes.anywhere(error is not None):
             return True
         self._survive(error or UserError(f'{self._directory}: checkpoint not written: another process could not'))
         return False
@@ -225,7 +226,7 @@ class Checkpointer:
                 shutil.rmtree(rest, ignore_errors=True)
         if self._failed > self._grace:
             raise error
-        together.wait('failed save cleared away')
+        meshes.wait('failed save cleared away')
         self._manager.reload()
         left = self._grace - self._failed
         _say(f'{error}. The run goes on; {f"{left} more" if left else "no more"} in a row may fail')
@@ -267,7 +268,7 @@ class Checkpointer:
                 aside = _free(damaged.with_name(f'{damaged.name}.damaged'))
                 os.replace(damaged, aside)
                 _say(f'checkpoint {damaged} is damaged: {damage}. It is {aside.name} now; {folders[-1].name} counts')
-        if together.anywhere(damage is not None):
+        if meshes.anywhere(damage is not None):
             damage = damage or 'the first process says how'
         return damage
 

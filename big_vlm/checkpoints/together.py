@@ -1,25 +1,12 @@
-"""Several processes save as one: each learns whether all could, so that all give a checkpoint up, or none does."""
+"""Several processes save as one: none passes for saved what another could not write."""
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from orbax.checkpoint.multihost import get_barrier_sync_fn
 
 # How long, after all have come, a process that failed is waited for. Nothing but the saving threads waits.
 VOUCH_SECONDS = 60
 _WRITTEN, _COMMITTED = 'async_write_complete', 'async_commit_complete'  # in the keys of Orbax's barriers
 _MISSED = 'another process could not write its part'
-
-
-def anywhere(here: bool) -> bool:
-    """Whether `here` is true in any process; to be asked by all, in their main threads."""
-    return here if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(here)).any())
-
-
-def wait(name: str) -> None:
-    """Until every process is here, in its main thread."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 class Barrier:

@@ -249,7 +249,9 @@ class Optimizer:
     name: str = 'adamw'  # or adafactor, big_vision_adafactor, lion, muon, sgd; see training/update_rules.py
     lr: Amount = 1e-3  # peak
     b1: Amount = 0.9  # decay of the first moment (adafactor keeps none; muon: usually 0.95; sgd: its momentum, or 0)
-    b2: Amount = 0.99  # decay of the second moment (adafactor: its cap; lion: of its one moment; sgd has none)
+    # Decay of the second moment (adafactor: its cap; lion: of its one moment; sgd has none). None: 0.99, but
+    # adafactor's has no cap, and big_vision's is 0.999.
+    b2: Amount | None = None
     eps: Amount = 1e-8  # adamw, muon
     momentum_dtype: Literal['', 'float32', 'bfloat16'] = ''  # of the first moment; '': float32, big_vision's: bfloat16
     nesterov: bool = False  # sgd
@@ -334,7 +336,9 @@ class Eval:
     codes: str = ''  # generation: .npz of the mask VQ-VAE by which mask_iou reads answers, as `segment` writes them
     fit_split: str = ''  # calibration, linear_probe: where they are fitted; required, other examples than `split`
     shots: Positive = 10  # linear_probe: the first so many of each class in `fit_split` are learnt
-    slices: tuple[str, ...] = ()  # record fields whose values are scored apart, as 'held_out'; not for retrieval
+    slices: tuple[
+        str, ...
+    ] = ()  # zero_shot, linear_probe, generation, perplexity: fields scored by value, as 'held_out'
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def _check_optimizer(stage: Stage, where: str) -> None:
     shares = {f'optimizer.{name}': getattr(optimizer, name) for name in ('b1', 'b2', 'ema_decay')}
     shares |= {f'model.{name}.dropout': getattr(model, name).dropout for name in ('image', 'text', 'decoder')}
     for key, share in shares.items():
-        if share >= 1:
+        if share is not None and share >= 1:
             raise UserError(f'{where}.{key}: must be below 1, got {share}')
     for name in ('ema_warmup', 'ema_use'):
         if not optimizer.ema_decay and getattr(optimizer, name) != getattr(Optimizer, name):

@@ -5,7 +5,7 @@ A column is a field with several items, or one inside another: 'captions/text'. 
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,10 +39,14 @@ def picture(example: Example, operation: str) -> np.ndarray:
 
 
 def column(example: Example, name: str) -> Sequence[Any]:
-    """A field, or one within another: 'captions/text'."""
-    value: Any = example
-    for key in name.split('/'):
-        value = get(value, key)
+    """A field, or one within another: 'captions/text'. Raises UserError for one that is not there, ValueError where it
+    lacks the one within, as this example's may alone."""
+    first, *within = name.split('/')
+    value = get(example, first)
+    for key in within:
+        if not isinstance(value, Mapping) or key not in value:
+            raise ValueError(f'no {key!r} in it for {name}')
+        value = value[key]
     return value
 
 

@@ -41,12 +41,15 @@ def real_rows(batch: Mapping[str, Any], records: Sequence[dict]) -> list[tuple[i
 def field(record: Mapping[str, Any], name: str) -> Any:
     """A record's field, or column ('captions/text'), as a plain Python value (bytes become text).
 
-    Raises UserError if it is not there.
+    Raises UserError if it is not there, ValueError where it lacks the one within, as this record's may alone.
     """
-    value: Any = record
-    for key in name.split('/'):
+    first, *within = name.split('/')
+    if first not in record:
+        raise UserError(f'the evaluation needs field {name!r}, but its records have {sorted(record)}')
+    value = record[first]
+    for key in within:
         if not isinstance(value, Mapping) or key not in value:
-            raise UserError(f'the evaluation needs field {name!r}, but its records have {sorted(record)}')
+            raise ValueError(f'no {key!r} in it for {name}')
         value = value[key]
     if isinstance(value, np.ndarray | np.generic) and value.ndim == 0:
         value = value.item()

@@ -90,9 +90,11 @@ def sum_of_shards(counts: np.ndarray, mesh: Mesh) -> np.ndarray:
     return told[first, 1:].sum(axis=0)
 
 
-def anywhere(flags: np.ndarray, mesh: Mesh) -> np.ndarray:
-    """bool [N], where any process of the mesh has one. To be asked by all of them at once."""
-    if not mesh.is_multi_process:
+def anywhere(flags: np.ndarray | bool, mesh: Mesh | None = None) -> np.ndarray:
+    """bool, of any shape: where any process of the mesh (None: any at all) has one. To be asked by all of them at once,
+    in their main threads."""
+    flags = np.asarray(flags, bool)
+    if not (jax.process_count() > 1 if mesh is None else mesh.is_multi_process):
         return flags
     return multihost_utils.process_allgather(flags).any(axis=0)
 

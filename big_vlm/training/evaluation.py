@@ -159,8 +159,8 @@ class Evaluator:
         source = sources.subset(
             sources.load(settings.dataset, settings.split, self.stage.data.data_dir), settings.where
         )
-        total = len(source)
-        failures = Failures(source.name, 'left out', min(settings.examples or total, total))
+        total, count = len(source), settings.examples if examples is None else examples
+        failures = Failures(source.name, 'left out', min(count or total, total))
         self._failures.append(failures)
         for batch in eval_loader.eval_batches(
             source,
@@ -168,7 +168,7 @@ class Evaluator:
             self.contract,
             self.tokenizer,
             self._batch_size(settings.batch_size),
-            settings.examples if examples is None else examples,
+            count,
             check=lambda record: _check_fields(settings, record),
             failures=failures,
             anywhere=lambda failed: meshes.anywhere(failed, self.mesh),

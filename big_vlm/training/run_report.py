@@ -87,8 +87,9 @@ def _draw(path: pathlib.Path, stage: Stage, folder: pathlib.Path, drawn: dict[st
     """
     devices = jax.local_devices()
     mesh = meshes.make_mesh(data=1, fsdp=len(devices), devices=devices)
-    if stage.task == 'contrastive':
-        drawn['similarity'] = _similarity(bundle.load(path, mesh=mesh), stage) or drawn['similarity']
+    retrievals = [settings for settings in stage.evals.values() if settings.kind == 'retrieval']
+    if stage.task == 'contrastive' and retrievals:
+        drawn['similarity'] = _similarity(bundle.load(path, mesh=mesh), stage, retrievals[0])
     elif stage.task == 'generative':
         trained, contract, tokenizer, _ = bundle.read(path)
         looks = _talk(Bundle(trained, contract, tokenizer, None, mesh), stage, folder, drawn)
@@ -116,11 +117,8 @@ def _picture(batch: dict[str, np.ndarray], i: int) -> np.ndarray:
     return image[0] if image.ndim == 4 else image
 
 
-def _similarity(model: Bundle, stage: Stage) -> report.Similarity | None:
-    """Of the first evaluation that has captions, one pair per caption; of several of one image the first counts."""
-    settings = next((e for e in stage.evals.values() if e.kind == 'retrieval'), None)
-    if settings is None:
-        return None
+def _similarity(model: Bundle, stage: Stage, settings: Eval) -> report.Similarity:
+    """Of an evaluation that has captions, one pair per caption; of several of one image the first counts."""
     pairs: dict[str, np.ndarray] = {}
     for image, record in _examples(model, stage, settings, 2 * _PAIRS):
         text = generation.truth_of(record, settings.label)

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
+
+from big_vlm.sharding import mesh as meshes
 
 # The service counts up to the step it names. Ours begin anew with every stage, but all processes ask equally often.
 _ASKED = itertools.count()
@@ -40,7 +41,7 @@ class StopRequest:
         if jax.process_count() == 1:
             return self.requested
         noticed = _service() and multihost_utils.reached_preemption_sync_point(next(_ASKED))
-        return noticed or (agree and bool(multihost_utils.process_allgather(np.array(self.requested)).any()))
+        return noticed or (agree and bool(meshes.anywhere(self.requested)))
 
 
 _listening: list[StopRequest] = []  # the one of `catch`, within it

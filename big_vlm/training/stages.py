@@ -88,7 +88,8 @@ def check(stages: Mapping[str, Stage]) -> None:
 def run(stages: Mapping[str, Stage], workdir: str | os.PathLike) -> dict[str, pathlib.Path]:
     """Runs all stages that are not finished yet. Returns the bundle of each.
 
-    Raises UserError for whatever a person can mend, `loop.Interrupted` where the run was asked to stop.
+    Raises UserError for whatever a person can mend; where the run was asked to stop, `loop.Interrupted` in training and
+    `signals.Stopped` in evaluations of a stage that is finished.
     """
     workdir = pathlib.Path(workdir)
     if jax.process_index() == 0:
@@ -269,9 +270,11 @@ def _evaluate_what_is_new(stage: Stage, folder: pathlib.Path, path: pathlib.Path
     if new:
         model = bundle.load(path, mesh=_mesh(stage))
         evaluator = evaluation.Evaluator(stage, model.task, model.contract, model.tokenizer, model.mesh, folder)
-        with signals.catch():
+        with signals.catch() as stop:
             for which in new:
                 _evaluate(evaluator, which, model.params, folder, where)
+                if stop.now(agree=True):  # after its last batch, too
+                    raise signals.Stopped
 
 
 def make_contract(stage: Stage, tokenizer: Tokenizer) -> Contract:

@@ -38,23 +38,23 @@ def make(config: Optimizer, where: str) -> optax.GradientTransformation:
 
 
 def _adamw(config: Optimizer) -> optax.GradientTransformation:
-    return optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=_dtype(config))
+    return optax.scale_by_adam(b1=config.b1, b2=_b2(config, 0.99), eps=config.eps, mu_dtype=_dtype(config))
 
 
-def _factored(config: Optimizer, min_size: int) -> optax.GradientTransformation:
+def _factored(config: Optimizer, min_size: int, cap: float) -> optax.GradientTransformation:
     # The paper's 1 - step^-0.8 forgets ever more slowly; long runs cap it ("Scaling Vision Transformers", section 3.4).
     def decay(step: jax.Array, exponent: float) -> jax.Array:
-        return jnp.minimum(config.b2, 1 - (step.astype(jnp.float32) + 1) ** -exponent)
+        return jnp.minimum(_b2(config, cap), 1 - (step.astype(jnp.float32) + 1) ** -exponent)
 
     return optax.scale_by_factored_rms(min_dim_size_to_factor=min_size, decay_rate_fn=decay)
 
 
 def _adafactor(config: Optimizer) -> optax.GradientTransformation:
-    return optax.chain(_factored(config, 128), optax.clip_by_block_rms(1.0))
+    return optax.chain(_factored(config, 128, 1.0), optax.clip_by_block_rms(1.0))
 
 
 def _big_vision_adafactor(config: Optimizer) -> optax.GradientTransformation:
-    return optax.chain(_factored(config, 32), _first_moment(config.b1, _dtype(config) or jnp.bfloat16))
+    return optax.chain(_factored(config, 32, 0.999), _first_moment(config.b1, _dtype(config) or jnp.bfloat16))
 
 
 def _first_moment(b1: float, dtype: Any) -> optax.GradientTransformation:
@@ -75,7 +75,7 @@ def _first_moment(b1: float, dtype: Any) -> optax.GradientTransformation:
 
 
 def _lion(config: Optimizer) -> optax.GradientTransformation:
-    return optax.scale_by_lion(b1=config.b1, b2=config.b2, mu_dtype=_dtype(config))
+    return optax.scale_by_lion(b1=config.b1, b2=_b2(config, 0.99), mu_dtype=_dtype(config))
 
 
 def _muon(config: Optimizer) -> optax.GradientTransformation:
@@ -86,24 +86,34 @@ def _muon(config: Optimizer) -> optax.GradientTransformation:
 
         return jax.tree_util.tree_map_with_path(leaf, params)
 
-    # A rate of -1 is none: the schedule comes after. The factor 0.2 gives a matrix' update the size that Adam's usually
-    # has, so that one rate and one decay serve both ("Muon is Scalable", arXiv 2502.16982, section 2.2).
-    return optax.contrib.muon(
+    def rule(params: Any) -> Any:
+        def is_leaf(x: Any) -> bool:
+            return x is None or isinstance(x, optax.contrib.MuonDimensionNumbers)
+
+        return jax.tree.map(lambda x: 'adam' if x is None else 'muon', dimensions(params), is_leaf=is_leaf)
+
+    # Of matrices alone: what optax does to all else is Nesterov's Adam. A rate of -1 is none: the schedule comes after.
+    # The factor 0.2 gives a matrix' update the size that Adam's usually has, so that one rate and one decay serve both
+    # ("Muon is Scalable", arXiv 2502.16982, section 2.2).
+    muon = optax.contrib.muon(
         -1.0,
         beta=config.b1,
-        adam_b1=config.b1,
-        adam_b2=config.b2,
         eps=config.eps,
         mu_dtype=_dtype(config),
         muon_weight_dimension_numbers=dimensions,
         consistent_rms=0.2,
     )
+    return optax.partition({'muon': muon, 'adam': _adamw(config)}, rule)
 
 
 def _sgd(config: Optimizer) -> optax.GradientTransformation:
     if not config.b1:
         return optax.identity()
     return optax.trace(decay=config.b1, nesterov=config.nesterov, accumulator_dtype=_dtype(config))
+
+
+def _b2(config: Optimizer, default: float) -> float:
+    return default if config.b2 is None else config.b2
 
 
 def _dtype(config: Optimizer) -> Any:

@@ -13,13 +13,13 @@ Every transfer takes, after the colon of its name and separated by commas:
                             its model, tokenizer and preprocessing, and if that is none of the three its resolution
     res=224                 224, 448 or 896 pixels; some settings depend on it
     model=paligemma_3b      or paligemma2_3b, paligemma2_10b, paligemma2_28b
-    tokenizer=FILE          Gemma's SentencePiece model
+    tokenizer=FILE          Gemma's SentencePiece model, if no tokenizer.model lies in the folder of weights
     data_dir=DIR            where the data lies (docs/transfers.md says in which form)
     data=NAME/{split}.jsonl any dataset of the same fields: with {split}, its files; without, its name; evaluations on
                             another dataset are then left out
     fsdp=8                  devices among which every weight is split
     seed=0
-    runlocal                two steps of a tiny model, and 16 examples of each evaluation
+    runlocal                two steps of a tiny model from random weights, and 16 examples of each evaluation
 """
 
 import json
@@ -102,8 +102,11 @@ def transfer(
         ),
         init_from=dict(path=recipe.path(args, 'weights')),
     )
-    if (bundle := pathlib.Path(made.init_from.path).expanduser() / 'bundle.json').is_file():
-        _take_model(made, bundle)
+    folder = pathlib.Path(made.init_from.path).expanduser()
+    if made.init_from.path and (folder / 'bundle.json').is_file():
+        _take_model(made, folder / 'bundle.json')
+    if made.init_from.path and not made.tokenizer.path and (folder / 'tokenizer.model').is_file():
+        made.tokenizer.path = str(folder / 'tokenizer.model')
     if args['runlocal']:
         made.tokenizer.vocab_size = 512
         recipe.shrink(made)
@@ -144,7 +147,7 @@ def captions(pipeline: str, split: str = 'val', **more) -> dict:
 
 
 def _take_model(made: ConfigDict, bundle: pathlib.Path) -> None:
-    """The model, tokenizer and preprocessing of a bundle, in the place of PaliGemma's; how it is trained stays."""
+    """The model and preprocessing of a bundle, in the place of PaliGemma's; how it is trained stays."""
     stored = json.loads(bundle.read_text())['config']
     if stored['task'] != 'generative':
         raise ValueError(f'weights={bundle.parent}: the bundle of a {stored["task"]} model: take one that answers')
@@ -155,7 +158,6 @@ def _take_model(made: ConfigDict, bundle: pathlib.Path) -> None:
     if contract['image_size'] in RESOLUTIONS and not contract['max_patches']:
         contract['image_size'] = made.contract.image_size
     made.contract = ConfigDict(contract)
-    made.tokenizer.path = made.tokenizer.path or str(bundle.parent / 'tokenizer.model')
 
 
 def _where(args: dict, name: str, split: str) -> dict:

@@ -161,6 +161,8 @@ def test_naflex_goes_on_along_the_curve():
     lengths = 'naflex(1024, 128, 256, 576, 784, 1024)'
     assert second.data.sources['data'].pipeline.startswith(f'decode | {lengths} | ')
     [alone] = load('siglip2_b16_naflex', 'siglip=a').values()
+    [small] = load('siglip2_b16_naflex', 'siglip=a', 'runlocal').values()
+    assert small.init_from.path == ''
     assert (alone.init_from.path, alone.contract.max_patches) == ('a', 1024)
 
 

@@ -167,6 +167,8 @@ def test_data_of_another_name():
 def test_a_bundle_brings_its_model(tmp_path):
     """A small one is transferred at its own resolution, a PaliGemma at the one asked for; the recipe stays."""
 
+    (tmp_path / 'tokenizer.model').touch()
+
     def load_with(size):
         stage = dict(task='generative', total=dict(steps=1), contract=dict(image_size=size, resample='bicubic'))
         stage['model'] = dict(image=dict(variant='mu/16'), decoder=dict(width=32, depth=2), dtype='float32')
@@ -184,6 +186,19 @@ def test_a_bundle_brings_its_model(tmp_path):
     assert stage.optimizer == published.optimizer and stage.model.decoder.dropout == published.model.decoder.dropout
     assert stage.contract.text_length == published.contract.text_length
     assert load_with(224).contract.image_size == 448
+
+
+def test_a_public_folder_brings_its_tokenizer():
+    folder = ROOT / 'tests' / 'goldens' / 'paligemma'
+    stage = load('okvqa', f'weights={folder}')
+    assert (stage.init_from.path, stage.tokenizer.path) == (str(folder), str(folder / 'tokenizer.model'))
+    assert load('okvqa', f'weights={folder}', 'tokenizer=own.model').tokenizer.path == 'own.model'
+
+
+def test_a_local_run_begins_from_nothing():
+    """No published weights fit its tiny model, so the arguments of a run may stay as they are."""
+    stage = load('okvqa', f'weights={ROOT}/tests/goldens/paligemma', 'runlocal')
+    assert stage.init_from.path == stage.tokenizer.path == ''
 
 
 def test_towers_answer_nothing(tmp_path):

@@ -378,6 +378,7 @@ def test_evaluation_leaves_bad_examples_out(tiny_digit_scenes, tokenizer, contra
     ):
         list(batches(range(9, 13)))
     for failed, told in ([8], 'cannot decode the image'), ([], 'another process cannot read it'):  # here, there
+        caplog.clear()
         failures, asked = Failures('split', 'left out', 32), itertools.count()
 
         def anywhere(failed, asked=asked):

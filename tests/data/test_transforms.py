@@ -308,8 +308,11 @@ def test_choice_is_random_in_training_and_the_first_otherwise(tokenizer):
     assert set(drawn) == {'a cat', 'a dog', 'a cow'}
     assert drawn == [pipeline(record, make_context(tokenizer, seed=(i,)))['caption'] for i in range(20)]
     assert pipeline(record, make_context(tokenizer, train=False))['caption'] == 'a cat'
-    with pytest.raises(ValueError, match='captions/text is empty'):
-        pipeline({'captions': {'text': []}}, make_context(tokenizer))
+    for captions, wrong in (({'text': []}, 'captions/text is empty'), ({}, "no 'text'"), (None, "no 'text'")):
+        with pytest.raises(ValueError, match=wrong):  # of this record
+            pipeline({'captions': captions}, make_context(tokenizer))
+    with pytest.raises(UserError, match="unknown field 'captions'"):  # of all
+        pipeline({}, make_context(tokenizer))
 
 
 def test_detect_takes_labels_of_any_kind(tokenizer):

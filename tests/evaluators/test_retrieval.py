@@ -85,6 +85,8 @@ def test_nothing_to_evaluate():
         run([])
     with pytest.raises(UserError, match="needs field 'text'"):
         run(batches('ab'), text_field='text')
+    with pytest.raises(ValueError, match="no 'text' in it for caption/text"):  # one record's own fault
+        run(batches('ab'), text_field='caption/text')
 
 
 def test_a_diverged_model_is_named_not_scored():

@@ -86,8 +86,11 @@ def test_an_evaluation_that_fails_loses_no_other(config, tmp_path, monkeypatch):
         return {'exact_match': {'score': 1.0, 'n': 6}}
 
     monkeypatch.setattr(evaluation.Evaluator, '__call__', score)
+    of_before = {name: {'exact_match': {'score': 0.5, 'n': 6}} for name in ('ask', 'say')}
+    (tmp_path / 'evals.json').write_text(json.dumps(of_before))
     assert evaluate.main([str(GOLDEN), f'--config={config}', f'--out={tmp_path}']) == 2
-    assert json.loads((tmp_path / 'evals.json').read_text()) == {'ask': {'exact_match': {'score': 1.0, 'n': 6}}}
+    now = of_before | {'ask': {'exact_match': {'score': 1.0, 'n': 6}}}
+    assert json.loads((tmp_path / 'evals.json').read_text()) == now
 
 
 @pytest.mark.slow

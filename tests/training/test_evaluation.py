@@ -1,5 +1,6 @@
 """Evaluations that could not run, or would not do what they say, are refused from the config alone."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import micro_config
@@ -99,6 +100,20 @@ def test_a_linear_probe_of_a_stage(tiny_digit_scenes):
     probe.rehearse('config')
     accuracy = probe('color', 1.0)['accuracy']
     assert accuracy['score'] > 0.6 and accuracy['chance'] == pytest.approx(1 / 8) and accuracy['n'] > 20
+
+
+def test_a_tenth_of_what_is_read_may_fail(tiny_digit_scenes, tmp_path):
+    """Retrieval scores a part of its examples and reads all."""
+    stage, tokenizer = (
+        config.parse_stage(micro_config.pretrain(tiny_digit_scenes)),
+        small_bundle.train_tokenizer(tmp_path),
+    )
+    contract, task = stages.make_contract(stage, tokenizer), SimpleNamespace(predict={})
+    evaluator = evaluation.Evaluator(stage, task, contract, tokenizer, meshes.make_mesh())
+    few = dataclasses.replace(stage.evals['retrieval'], examples=8)
+    for examples, expected in ((None, 8), (0, 32)):
+        next(evaluator.batches(few, examples))
+        assert evaluator._failures[-1].examples == expected
 
 
 @pytest.mark.parametrize(

@@ -246,7 +246,7 @@ def test_the_report_reads_the_stages_of_today(another, tiny_digit_scenes):
     [(image, record)] = run_report._examples(bundle, today, today.evals['retrieval'], 1)
     assert image.shape == (32, 32, 3) and record['caption']
     today.evals['retrieval'] = dataclasses.replace(today.evals['retrieval'], label='questions/question')
-    shown = run_report._similarity(bundle, today)
+    shown = run_report._similarity(bundle, today, today.evals['retrieval'])
     assert shown.captions[0] == record['questions']['question'][0] and len(shown.images) == len({*shown.captions})
 
 
@@ -282,15 +282,21 @@ def test_a_report_does_without_pictures_that_find_no_room(another, tiny_digit_sc
     assert [line for line in capsys.readouterr().out.splitlines() if missing in line] == [
         f'{name}: pictures of the report {missing}' for name in STAGES
     ]
+    nothing_to_show = runs.validated(tiny_digit_scenes, **{f'{name}__evals': {} for name in STAGES})
+    run_report.make(nothing_to_show, another, bundles, 'micro.py')
+    assert len(shapes) == 3 and not any('pictures' in stage.facts for stage in pages[-1].stages)
 
 
-def test_a_stop_is_heard_in_evaluations_of_a_finished_stage(tmp_path, monkeypatch):
-    """By several processes too, where JAX has the signal: between two batches."""
-    stage = SimpleNamespace(evals={'val': None})
+@pytest.mark.parametrize('late', [False, True])
+def test_a_stop_is_heard_in_evaluations_of_a_finished_stage(tmp_path, monkeypatch, late):
+    """By several processes too, where JAX has the signal: between two batches, or behind the last one."""
+    stage = SimpleNamespace(evals={'val': None, 'test': None})
 
     def evaluate(name, params, must):
         os.kill(os.getpid(), signal.SIGTERM)
-        signals.check()
+        if not late:
+            signals.check()
+        return {}
 
     model = SimpleNamespace(task=None, contract=None, tokenizer=None, mesh=None, params=None)
     monkeypatch.setattr(stages.bundle, 'load', lambda path, mesh: model)
@@ -298,4 +304,4 @@ def test_a_stop_is_heard_in_evaluations_of_a_finished_stage(tmp_path, monkeypatc
     monkeypatch.setattr(stages.evaluation, 'Evaluator', lambda *_: evaluate)
     with pytest.raises(signals.Stopped):
         stages._evaluate_what_is_new(stage, tmp_path, tmp_path / 'bundle', 'config.toy')
-    assert workdirs.scores(tmp_path) == {}
+    assert workdirs.scores(tmp_path) == ({'val': {}} if late else {})

@@ -74,6 +74,18 @@ def test_big_vision_adafactor(problem):
     assert {x.dtype for x in jax.tree.leaves(state) if x.shape == SHAPE} == {jnp.dtype('bfloat16')}
 
 
+@pytest.mark.parametrize(('name', 'cap'), [('adafactor', 1.0), ('big_vision_adafactor', 0.999)])
+def test_the_cap_of_a_long_run(name, cap):
+    """What each paper has, unless `b2` says otherwise: 1 - t^-0.8 passes 0.999 after 5,623 steps."""
+    params = {'w': jnp.ones(SHAPE)}
+    for b2, decay in ((None, min(cap, 1 - 1e-4)), (0.9, 0.9)):
+        tx, _ = optimizer.make(Optimizer(name=name, b2=b2, clip=0.0, schedule='constant'), 10**6, params)
+        late = jax.tree.map(lambda x: x + 99_999 if x.dtype == jnp.int32 else x, tx.init(params))
+        state = tx.update(params, late, params)[1]
+        moments = [x for x in jax.tree.leaves(state) if x.dtype == jnp.float32 and x.size > 1]
+        assert moments and all(np.allclose(x, 1 - decay, rtol=1e-3) for x in moments)
+
+
 @pytest.mark.parametrize('name', ['adamw', 'lion', 'muon', 'sgd'])
 def test_the_first_moment_in_bfloat16(problem, name):
     p, grads = problem

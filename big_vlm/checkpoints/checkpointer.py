@@ -150,7 +150,7 @@ class Checkpointer:
         return trees.like(abstract_state, trees.flat(restored['state'])), restored['extra']
 
     def go_back(self, step: int) -> int | None:
-        """The newest whole checkpoint from before `step`, when the later ones are deleted; None if there is none before.
+        """The newest whole checkpoint from before `step`, when the later ones are deleted; None if there is none.
 
         Then nothing is deleted. Raises UserError if the save under way fails, and no grace is left.
         """

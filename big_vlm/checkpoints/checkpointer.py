@@ -159,7 +159,7 @@ class Checkpointer:
         self._manager.reload()
         steps = sorted(self._manager.all_steps())
         older = [one for one in steps if one < step]
-        if damage and older:
+        if damage and older and jax.process_index() == 0:
             _say(f'checkpoint {self._directory / str(older[-1])} is damaged: {damage}')
         if damage or not older:
             return None

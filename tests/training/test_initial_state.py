@@ -14,7 +14,7 @@ from big_vlm.config import UserError, parse_stage
 from big_vlm.ops import position_resize
 from big_vlm.reports.writers import MultiWriter
 from big_vlm.sharding.mesh import make_mesh
-from big_vlm.training import initial_state, loop, optimizer, step
+from big_vlm.training import initial_state, loop, optimizer, stages, step
 
 
 class Grid(Toy):
@@ -86,11 +86,11 @@ def test_positions_and_what_belongs_to_them_are_resized(low, mesh):
 
 
 def test_another_step_than_the_last_is_no_end(low, tmp_path):
-    """Neither the one before, where the last is damaged or gone, nor a damaged one; nothing is renamed there."""
+    """Where the last is damaged or gone, none before it will do; nothing is renamed there."""
     folder = shutil.copytree(low[0] / 'checkpoints', tmp_path / 'low' / 'checkpoints')
     remedy = rf'\. Remove {tmp_path / "low" / "bundle"}, and the end of that stage is trained again$'
     with pytest.raises(UserError, match=f'{folder}: no checkpoint of step 8{remedy}'):
-        initial_state.make(folder, 8, 'bilinear')({})
+        stages._end_of(settings(8), tmp_path / 'low' / 'bundle', settings(4))({})
     (folder / '4' / 'manifest.json').write_text('{')
     for earlier in (False, True):  # also where it could be set aside
         if earlier:

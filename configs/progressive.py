@@ -19,12 +19,12 @@ def stages(make: Callable[[int], ConfigDict], sizes: Mapping[int, float]) -> dic
 
     Args:
       make: size in pixels → the stage as if all of the run were at this size: its total, warmup and schedule, a cosine
-        or a line, are those of the whole run.
+        or a line, are those of the whole run. Of its `init_from`, later stages keep the `resize_method` alone.
       sizes: size → its share of the run in percent, in order; together 100.
 
     Raises:
-      ValueError: shares that are not 100 together, another schedule, a warmup whose part of the total is not
-        known, one that is longer than the first share.
+      ValueError: shares that are not 100 together, another schedule, a warmup (also that of the averages) whose part of
+        the total is not known, one that is longer than the first share, rules with a start or warmup of their own.
     """
     if round(sum(sizes.values()), 6) != 100 or min(sizes.values()) <= 0:
         raise ValueError(f'sizes={dict(sizes)}: shares in percent must be positive and 100 together')
@@ -32,11 +32,14 @@ def stages(make: Callable[[int], ConfigDict], sizes: Mapping[int, float]) -> dic
     for number, (size, share) in enumerate(sizes.items()):
         stage = make(size)
         (unit, total), optimizer = _given(stage.total), stage.optimizer
-        warmup = _percent(optimizer.get('warmup', {}), unit, total, stage.get('batch_size', 64))
+        whole = unit, total, stage.get('batch_size', 64)
+        warmup = _percent(optimizer.get('warmup', {}), *whole)
         if optimizer.get('schedule', 'cosine') not in ('cosine', 'linear'):
             raise ValueError(f"schedule='{optimizer.schedule}': only a cosine or a line can be run through in parts")
-        if warmup >= next(iter(sizes.values())):
-            raise ValueError(f'a warmup of {warmup:g} % does not end within the first stage')
+        _check_rules(optimizer)
+        for name, percent in (('', warmup), ('of averages ', _percent(_average_warmup(optimizer), *whole))):
+            if percent >= next(iter(sizes.values())):
+                raise ValueError(f'a warmup {name}of {percent:g} % does not end within the first stage')
 
         def progress(percent: float, warmup: float = warmup) -> float:
             return max(percent - warmup, 0) / (100 - warmup)
@@ -48,11 +51,28 @@ def stages(make: Callable[[int], ConfigDict], sizes: Mapping[int, float]) -> dic
         optimizer.curve = (progress(done), progress(done + share))
         optimizer.warmup = dict(percent=0.0 if before else 100 * warmup / share)
         if before:
-            stage.init_from = dict(stage=before, state=True)
+            method = {key: how for key, how in stage.get('init_from', {}).items() if key == 'resize_method'}
+            stage.init_from = dict(stage=before, state=True, **method)
+            optimizer.ema_warmup = False  # it has ended
             stage.seed = stage.get('seed', 0) + number  # or it would see the first examples again, in their order
         before, done = f'at_{size}', done + share
         made[before] = stage
     return made
+
+
+def _check_rules(optimizer: Mapping) -> None:
+    """Raises ValueError for what every stage would begin anew."""
+    for pattern, rule in optimizer.get('rules', ()):
+        again = [name for name in ('start', 'warmup') if any(rule.get(name, {}).values())]
+        again += ["schedule='rsqrt'"] if rule.get('schedule') == 'rsqrt' else []
+        if again:
+            raise ValueError(f"a rule's {again[0]} would come again in every stage, leave it out: {pattern}")
+
+
+def _average_warmup(optimizer: Mapping) -> dict[str, float]:
+    """Steps until the averages' decay is the whole one: (1 + t) / (10 + t) = decay."""
+    decay = optimizer.get('ema_decay', 0.0)
+    return dict(steps=(10 * decay - 1) / (1 - decay)) if optimizer.get('ema_warmup') and decay > 0.1 else {}
 
 
 def _given(duration: Mapping[str, float]) -> tuple[str, float]:
@@ -69,5 +89,5 @@ def _percent(duration: Mapping[str, float], unit: str, total: float, batch_size:
     if {its, unit} == {'steps', 'examples'}:
         its, amount = unit, amount * batch_size if its == 'steps' else amount / batch_size
     if its not in ('percent', unit):
-        raise ValueError(f'a warmup in {its} of a run in {unit}: give it in {unit} or percent')
+        raise ValueError(f'a warmup in {its} of a run in {unit}: give both alike, or it in percent')
     return amount if its == 'percent' else 100 * amount / total

@@ -24,7 +24,8 @@ class Checkpointer:
 
     A step's folder appears under its name only when all of it is written, so a killed run leaves nothing half-made
     that counts. One save runs at a time: the next one waits for it. The newest is verified when the folder is opened;
-    one that is damaged is renamed to STEP.damaged, with a line on standard error, and the one before counts.
+    one that is damaged is renamed to STEP.damaged, with a line on standard error, and the one before counts, unless the
+    folder is another's.
     """
 
     def __init__(
@@ -34,7 +35,9 @@ class Checkpointer:
         *,
         keep_every: int = 0,
         best: Literal['', 'max', 'min'] = '',
+        scored: Any = None,
         grace: int = 0,
+        remedy: str = '',
     ):
         """Opens the folder. Raises UserError if `directory` holds something else.
 
@@ -43,12 +46,15 @@ class Checkpointer:
           keep: so many of the newest checkpoints stay.
           keep_every: multiples of it stay too; 0: none.
           best: 'max' or 'min': the checkpoint of the largest or smallest score stays too.
+          scored: what the scores are of, anything JSON can hold; those of something else count no more.
           grace: so many failed saves in a row are told and survived; the next one raises. What fails in one of several
             processes has failed in all.
+          remedy: of a folder that another one fills: what a person does about damage there. Nothing is renamed then.
         """
         self._directory = pathlib.Path(directory).resolve()
         if self._directory.exists() and not self._directory.is_dir():
             raise UserError(f'{self._directory} is a file, not a folder for checkpoints: choose another workdir')
+        self._remedy, self._scored = remedy, scored
         self._damage = self._set_aside()
         self._policy = _Policy(keep, keep_every, best)
         self._grace, self._failed, self._error = grace, 0, None
@@ -84,10 +90,10 @@ class Checkpointer:
         """The newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def shapes(self) -> dict[str, Any]:
-        """Path → shape and dtype of the newest one's state; {} where there is none."""
-        newest = self.latest_step()
-        return {} if newest is None else trees.flat(self._manager.item_metadata(newest)['state'].tree)
+    def shapes(self, step: int | None = None) -> dict[str, Any]:
+        """Path → shape and dtype of the state of `step`, or of the latest one. Raises as `restore` does."""
+        with self._reading(step) as step:
+            return trees.flat(self._manager.item_metadata(step)['state'].tree)
 
     def save(self, step: int, state: Any, extra: dict[str, Any] | None = None, score: float | None = None) -> None:
         """Starts to save; returns when the state may be donated. One that exists already gets the score, nothing else.
@@ -131,39 +137,32 @@ class Checkpointer:
         Raises:
           UserError: no checkpoint, a damaged one, or leaves of other names, shapes or dtypes.
         """
-        newest = self.latest_step()
-        step = newest if step is None else step
-        if step is None or step not in self._manager.all_steps():
-            raise UserError(f'{self._directory}: no checkpoint{"" if step is None else f" of step {step}"}')
-        folder = self._directory / str(step)
-        where, wanted = f'checkpoint {folder}', trees.flat(abstract_state)
-        try:
-            if damage := self._damage if step == newest else manifest.problem(folder):
-                raise ValueError(damage)
+        wanted = trees.flat(abstract_state)
+        with self._reading(step) as step:
             stored = trees.flat(self._manager.item_metadata(step)['state'].tree)
             wanted |= _averages_of_frozen(wanted, stored)
-            trees.check_same(wanted, stored, where)
+            trees.check_same(wanted, stored, f'checkpoint {self._directory / str(step)}')
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardRestore(trees.nested(wanted)), extra=ocp.args.JsonRestore()
                 ),
             )
-        except (ValueError, OSError, KeyError) as error:
-            raise UserError(
-                f'{where} is damaged: {trees.one_line(error)}. Delete this folder to go on without it'
-            ) from error
         return trees.like(abstract_state, trees.flat(restored['state'])), restored['extra']
 
     def go_back(self, step: int) -> int | None:
-        """The newest checkpoint from before `step`, when the later ones are deleted; None if there is none before.
+        """The newest whole checkpoint from before `step`, when the later ones are deleted; None if there is none.
 
         Then nothing is deleted. Raises UserError if the save under way fails, and no grace is left.
         """
         self._settle()
+        damage = self._set_aside(step)
+        self._manager.reload()
         steps = sorted(self._manager.all_steps())
         older = [one for one in steps if one < step]
-        if not older:
+        if damage and older and jax.process_index() == 0:
+            _say(f'checkpoint {self._directory / str(older[-1])} is damaged: {damage}')
+        if damage or not older:
             return None
         if jax.process_index() == 0:
             for later in reversed(steps[len(older) :]):
@@ -234,36 +233,58 @@ class Checkpointer:
     def _write_manifest(self) -> None:
         """In the thread that saves, when all is written but the folder does not have its name yet."""
         hidden = next(self._directory.glob(f'{self._saving}.*tmp*'), self._directory / str(self._saving))
-        manifest.write(hidden, step=self._saving, score=self._policy.scores.get(self._saving))
+        score = self._policy.scores.get(self._saving)
+        manifest.write(hidden, step=self._saving, score=score, scored=self._scored)
 
     def _rescore(self, step: int, score: float) -> None:
         """Of a run that was stopped before the step was evaluated."""
         self._policy.scores[step] = score
         if jax.process_index() == 0:
             try:
-                manifest.rewrite(self._directory / str(step), score=score)
+                manifest.rewrite(self._directory / str(step), score=score, scored=self._scored)
             except UserError as error:
                 _say(f'its score: {error}. The run goes on')
 
     def _score(self, step: int) -> float | None:
         with contextlib.suppress(ValueError, OSError):
-            return (manifest.read(self._directory / str(step)) or {}).get('score')
+            told = manifest.read(self._directory / str(step)) or {}
+            # Older versions did not say of what: they count, as what is not kept is gone for ever.
+            return told.get('score') if told.get('scored', self._scored) == self._scored else None
 
-    def _set_aside(self) -> str | None:
+    @contextlib.contextmanager
+    def _reading(self, step: int | None) -> Iterator[int]:
+        """`step`, or the latest one; that it is missing or damaged is a UserError."""
+        newest = self.latest_step()
+        step = newest if step is None else step
+        if step is None or step not in self._manager.all_steps():
+            which = '' if step is None else f' of step {step}'
+            raise UserError(f'{self._directory}: no checkpoint{which}{self._remedy and f". {self._remedy}"}')
+        folder = self._directory / str(step)
+        try:
+            if damage := self._damage if step == newest else manifest.problem(folder):
+                raise ValueError(damage)
+            yield step
+        except (ValueError, OSError, KeyError) as error:
+            remedy = self._remedy or 'Delete this folder to go on without it'
+            raise UserError(f'checkpoint {folder} is damaged: {trees.one_line(error)}. {remedy}') from error
+
+    def _set_aside(self, before: int | None = None) -> str | None:
         """Renames damaged checkpoints until the newest is whole; of a last one that is not, returns what is wrong.
 
-        Nothing is renamed where nothing older is left: to begin again from nothing is for a person to decide.
+        Nothing is renamed where nothing older is left: to begin again from nothing is for a person to decide; nor in
+        a folder that another one fills. Of those from `before` a step, if it is given.
         """
         damage = None
         if jax.process_index() == 0 and self._directory.is_dir():
             _clear(self._directory)
             folders = sorted((f for f in self._directory.iterdir() if f.name.isdecimal()), key=lambda f: int(f.name))
+            folders = [folder for folder in folders if before is None or int(folder.name) < before]
             # A process killed while it deleted an old checkpoint leaves a part of it. The newest is never one of those.
             for folder in folders[:-1]:
                 if not (folder / '_CHECKPOINT_METADATA').exists():
                     shutil.rmtree(folder, ignore_errors=True)
                     folders.remove(folder)
-            while folders and (damage := manifest.problem(folders[-1])) and len(folders) > 1:
+            while folders and (damage := manifest.problem(folders[-1])) and len(folders) > 1 and not self._remedy:
                 damaged = folders.pop()
                 aside = _free(damaged.with_name(f'{damaged.name}.damaged'))
                 os.replace(damaged, aside)

@@ -272,6 +272,11 @@ def _trainable(stage: Stage, where: str) -> None:
         raise UserError(f'{where}.data.sources is empty: name at least one source')
     if not any(source.weight for source in stage.data.sources.values()):
         raise UserError(f'{where}.data.sources: every weight is 0')
+    if stage.task == 'mask_autoencoder' and stage.accumulate > 1:
+        raise UserError(
+            f'{where}.accumulate={stage.accumulate}: the codebook of a mask autoencoder would follow every micro-batch '
+            'as a step: use accumulate=1'
+        )
 
 
 def to_dict(section: Any) -> dict[str, Any]:

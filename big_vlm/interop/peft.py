@@ -33,6 +33,13 @@ _FIXED = {
     'bias': ('none',),
     'use_dora': (False, None),
     'fan_in_fan_out': (False, None),
+    'alora_invocation_tokens': (None, []),
+    'use_qalora': (False, None),
+    'use_bdlora': (None, False),
+    'arrow_config': (None,),
+    'kasa_config': (None,),
+    'monteclora_config': (None,),
+    'layer_replication': (None, []),
     'modules_to_save': (None, []),
     'init_lora_weights': (True, False, None, 'gaussian', 'eva', 'orthogonal'),
 }

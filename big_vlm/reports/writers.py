@@ -38,7 +38,7 @@ class Writer(Protocol):
 class MultiWriter:
     """Passes everything on to several writers, in order.
 
-    What the disk refuses one of them to write is told once, and ends nothing; only `rewind` raises it.
+    What the disk or a network refuses one of them to write is told once, and ends nothing; only `rewind` raises it.
     """
 
     def __init__(self, *writers: Writer):
@@ -203,6 +203,8 @@ class WandbWriter:
       name: of the run.
       folder: of the stage; the run's id is kept there.
       config: the stage's, shown beside the curves.
+
+    Whatever theirs raises is a UserError.
     """
 
     def __init__(self, project: str, name: str, folder: str | os.PathLike, config: Mapping):
@@ -210,20 +212,31 @@ class WandbWriter:
 
         file = Path(folder) / 'wandb_id.txt'
         if not file.is_file():
-            file.write_text(uuid.uuid4().hex)
+            whole_file.write_text(file, uuid.uuid4().hex)
         options = dict(id=file.read_text(), resume='allow', dir=str(folder), config=dict(config))
-        self._run = wandb.init(project=project, name=name, **options)
-        # Their own counter never goes back, as a restart does; over this column, a repeated step is the same point.
-        self._run.define_metric('*', step_metric=STEP)
+        with _of_wandb(". Run 'wandb login', set WANDB_MODE=offline, or set wandb to ''"):
+            self._run = wandb.init(project=project, name=name, **options)
+            # Their own counter never goes back, as a restart does; over this column, a repeated step is the same point.
+            self._run.define_metric('*', step_metric=STEP)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log({STEP: int(step), **values})
+        with _of_wandb():
+            self._run.log({STEP: int(step), **values})
 
     def rewind(self, step: int, again: Collection[str] = ()) -> None:
         """Nothing there can be taken back; what comes again is the same."""
 
     def close(self) -> None:
-        self._run.finish()
+        with _of_wandb():
+            self._run.finish()
+
+
+@contextlib.contextmanager
+def _of_wandb(remedy: str = '') -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # A login, a network, a quota: they share no type.
+        raise UserError(f'wandb: {" ".join(str(error).split()) or type(error).__name__}{remedy}') from error
 
 
 class ProgressWriter:

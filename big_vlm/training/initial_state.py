@@ -26,25 +26,27 @@ def check(before: TrainState, state: TrainState, where: str) -> None:
     trees.check_same(_as_stored(wanted, stored), stored, where)
 
 
-def make(folder: pathlib.Path, method: str) -> Callable[[TrainState], TrainState]:
-    """Abstract state → the newest one in `folder`, a stage's checkpoints, placed like it.
+def make(folder: pathlib.Path, step: int, method: str) -> Callable[[TrainState], TrainState]:
+    """Abstract state → that of `step` in `folder`, the checkpoints of a stage that has ended with it, placed like it.
 
     `method` resizes weights and averages; moments are always interpolated linearly, as some must not become negative.
+    What is returned raises UserError where that checkpoint is damaged or gone: an earlier one is not that stage's end.
     """
+    remedy = f'Remove {folder.parent / "bundle"}, and the end of that stage is trained again'
 
     def load(abstract: TrainState) -> TrainState:
         wanted = trees.flat(abstract)
-        with Checkpointer(folder) as saver:
-            shapes = saver.shapes()
-            restored, _ = saver.restore(trees.like(abstract, _as_stored(wanted, shapes)))
+        with Checkpointer(folder, remedy=remedy) as saver:
+            shapes = saver.shapes(step)
+            restored, _ = saver.restore(trees.like(abstract, _as_stored(wanted, shapes)), step)
         leaves = trees.flat(restored)
         leaves |= {
             path: _resized(path, leaves[source], wanted[path], method)
             for path, source in _sources(wanted, shapes).items()
         }
         state = trees.like(abstract, leaves)
-        step = jax.device_put(np.zeros((), np.int32), abstract.step.sharding)
-        return state.replace(step=step, opt_state=optimizer.restarted(state.opt_state))
+        first = jax.device_put(np.zeros((), np.int32), abstract.step.sharding)
+        return state.replace(step=first, opt_state=optimizer.restarted(state.opt_state))
 
     return load
 

@@ -264,6 +264,7 @@ def _checkpointer(stage: Stage, workdir: str | pathlib.Path) -> Checkpointer:
         settings.keep,
         keep_every=settings.keep_every,
         best=settings.best_is if settings.best else '',
+        scored=remembered.scored(stage),
         grace=settings.grace,
     )
 

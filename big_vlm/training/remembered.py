@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from big_vlm import config
-from big_vlm.config import Stage, UserError, whole_file
+from big_vlm.config import Eval, Stage, UserError, whole_file
 from big_vlm.training import tokenizers, workdirs
 
 # Section ('': the stage) → what may change between two runs in one workdir: where it runs, how it fits there, what is
@@ -54,6 +54,20 @@ def scores(workdir: pathlib.Path, stages: Mapping[str, Stage]) -> dict[str, dict
         name: {which: made for which, made in workdirs.scores(workdir / name).items() if is_same(name, which)}
         for name in now
     }
+
+
+def scored(stage: Stage) -> dict[str, Any]:
+    """What the scores that `checkpoint.best` goes by are of, as JSON brings it back; {} without it.
+
+    Defaults are left out, so that a setting which comes later makes no score another's.
+    """
+    best = stage.checkpoint.best
+    if not best:
+        return {}
+    evaluation = stage.evals[best.partition('/')[0]]
+    given, default = (config.to_dict(one) for one in (evaluation, Eval(kind=evaluation.kind)))
+    own = {key: value for key, value in given.items() if key not in _NOT_SCORED and value != default[key]}
+    return {'best': best, 'kind': evaluation.kind, **own}
 
 
 def check(workdir: pathlib.Path, stages: Mapping[str, Stage]) -> dict[str, dict[str, Any]]:

@@ -112,7 +112,8 @@ def run(stages: Mapping[str, Stage], workdir: str | os.PathLike) -> dict[str, pa
             workdirs.say(f'{name}: finished already, {bundles[name]}')
             _evaluate_what_is_new(stage, workdir / name, bundles[name], workdirs.where(stages, name))
         else:
-            run_stage(name, stage, workdir / name, made[name], bundles, where=workdirs.where(stages, name))
+            before = stages.get(stage.init_from.stage)
+            run_stage(name, stage, workdir / name, made[name], bundles, before, where=workdirs.where(stages, name))
     return bundles
 
 
@@ -155,6 +156,7 @@ def run_stage(
     folder: pathlib.Path,
     tokenizer: Tokenizer,
     bundles: Mapping[str, pathlib.Path],
+    before: Stage | None = None,
     *,
     mesh: Mesh | None = None,
     where: str = 'config',
@@ -167,6 +169,7 @@ def run_stage(
       folder: of the stage.
       tokenizer: of the stage.
       bundles: those of the earlier stages, for `init_from.stage`.
+      before: that stage, for `init_from.state`.
       mesh: where to train; None: all devices, as `stage.mesh` says.
       where: the stage's dotted key, for errors.
     """
@@ -178,8 +181,7 @@ def run_stage(
     if first:
         folder.mkdir(parents=True, exist_ok=True)
     meshes.wait('stage folder')
-    goes_on = stage.init_from.state
-    before = bundles[stage.init_from.stage].parent / 'checkpoints' if goes_on else None
+    begin = _end_of(before, bundles[stage.init_from.stage], stage) if stage.init_from.state else None
     examples = loader.num_examples(stage.data)
     total = loop.total_steps(stage, examples, where)
     params, stats = steps.init_shapes(task)
@@ -215,7 +217,7 @@ def run_stage(
             evaluate=evaluate,
             initial_params=initial_weights.make(stage.init_from, bundles, where),
             overwritten=initial_weights.overwritten(stage.init_from, bundles, tasks.weights(params, stats), where),
-            initial_state=initial_state.make(before, stage.init_from.resize_method) if goes_on else None,
+            initial_state=begin,
             extra={'contract': contract.to_dict()},
             where=where,
         )
@@ -232,6 +234,12 @@ def run_stage(
     alone = dataclasses.replace(stage, lora=config.Lora())
     bundle.save(folder / 'bundle', bundle.adapters.merged(_trained(stage, state)), alone, contract, tokenizer, **of_run)
     workdirs.say(f'{name}: done in {(time.time() - began) / 60:.1f} min, {folder / "bundle"}')
+
+
+def _end_of(before: Stage, path: pathlib.Path, stage: Stage) -> Callable[[TrainState], TrainState]:
+    """The first state of a stage that goes on where `before`, whose bundle `path` is, has ended."""
+    total = loop.total_steps(before, loader.num_examples(before.data) if before.total.epochs else None)
+    return initial_state.make(path.parent / 'checkpoints', total, stage.init_from.resize_method)
 
 
 def _batches(stage: Stage, contract: Contract, tokenizer: Tokenizer, mesh: Mesh) -> Sequence[loader.Batch]:

@@ -109,6 +109,24 @@ def test_an_older_one_is_verified_when_it_is_asked_for(two, tmp_path):
         saver.restore(abstract(state(0)), 1)
 
 
+def test_no_roll_back_to_a_damaged_one(two, tmp_path, capfd):
+    folder = tmp_path / 'c'
+    with Checkpointer(folder, keep=9) as saver:
+        for step in (1, 2, 3):
+            saver.save(step, state(step))
+        saver.wait()
+        damage('a flipped bit', folder / '2')
+        assert saver.go_back(3) == 1
+        assert '2.damaged now; 1 counts' in capfd.readouterr().err
+        np.testing.assert_array_equal(saver.restore(abstract(state(0)))[0]['w'], state(1)['w'])
+        saver.save(2, state(2))
+        saver.wait()
+        damage('a flipped bit', folder / '1')
+        assert saver.go_back(2) is None and saver.latest_step() == 2, 'nothing is deleted'
+        assert 'c/1 is damaged: state/' in capfd.readouterr().err
+    assert sorted(f.name for f in folder.iterdir()) == ['1', '2', '2.damaged']
+
+
 def test_versions(two, tmp_path):
     """One without a manifest is restored as before; one of a newer version is refused, not set aside."""
     folder = shutil.copytree(two, tmp_path / 'c')
@@ -151,6 +169,26 @@ def test_a_score_that_comes_later(tmp_path):
         assert manifest.problem(tmp_path / 'c' / '10') is None
     assert sorted(f.name for f in (tmp_path / 'c').iterdir()) == ['10', '40']
     assert manifest.read(tmp_path / 'c' / '10')['score'] == 0.9
+
+
+def test_scores_of_something_else(tmp_path):
+    """They do not count, nor those that come later to such a step; where it is not said of what, they do."""
+    for scored, saved, kept in (
+        ('a', {10: 0.9, 20: 0.5}, [10, 20]),
+        ('b', {30: 0.3, 40: 0.1}, [30, 40]),
+        ('a', {40: 0.2, 50: 0.1}, [40, 50]),
+        ('', {}, [40, 50]),
+        ('c', {60: 0.1}, [40, 60]),
+    ):
+        with Checkpointer(tmp_path, keep=1, best='max', scored={'best': scored}) as saver:
+            for step, score in saved.items():
+                saver.save(step, {'w': jnp.zeros(3)}, score=score)
+        assert sorted(int(f.name) for f in tmp_path.iterdir()) == kept
+        if not saved:
+            file = tmp_path / '40' / manifest.NAME
+            told = json.loads(file.read_text())
+            assert told.pop('scored') == {'best': 'a'}
+            file.write_text(json.dumps(told))
 
 
 PROGRAM = """

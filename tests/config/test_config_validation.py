@@ -123,6 +123,13 @@ def test_what_a_decoder_makes_no_use_of(model, message):
     assert c.parse_stage(stage, trained=False).model != c.Model()  # one of an earlier version still loads
 
 
+def test_a_codebook_follows_whole_batches():
+    masks = {**STAGE, 'task': 'mask_autoencoder', 'accumulate': 2}
+    with pytest.raises(c.UserError, match=r'config\.accumulate=2: the codebook .* use accumulate=1$'):
+        c.validate(masks)
+    assert c.parse_stage(masks, trained=False).accumulate == 2  # a bundle of an earlier version still loads
+
+
 def test_averages_that_a_stage_goes_on_with_are_not_forgotten():
     goes_on = {**STAGE, 'init_from': {'stage': 'a', 'state': True}, 'optimizer': dict(ema_decay=0.9, ema_warmup=True)}
     with pytest.raises(c.UserError, match=r'config\.b\.optimizer\.ema_warmup: it would forget the averages'):

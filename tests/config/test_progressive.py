@@ -44,6 +44,26 @@ def test_one_curve(optimizer):
     assert 'resize(160)' in last.data.sources['s'].pipeline
 
 
+def rule(**settings):
+    return dict(rules=(('img/.*', ConfigDict(settings)), ('.*', {})))
+
+
+def test_what_later_stages_keep():
+    """How positions are resized; rules whose start is none; averages, whose warmup has ended."""
+
+    def at(size):
+        average = dict(ema_decay=0.9, ema_warmup=True)
+        stage = make(size, **average, **rule(lr=0.1, start=dict(percent=0.0), schedule='constant'))
+        return ConfigDict(dict(stage, init_from=dict(path='some.npz', resize_method='bicubic')))
+
+    stages = progressive.stages(at, {96: 50, 128: 50})
+    first, second = validate(ConfigDict(dict(stages=tuple(stages), **stages))).values()
+    assert (first.init_from.path, second.init_from.stage) == ('some.npz', 'at_96')
+    assert first.init_from.resize_method == second.init_from.resize_method == 'bicubic'
+    assert (first.optimizer.ema_warmup, second.optimizer.ema_warmup) == (True, False)
+    assert first.optimizer.rules == second.optimizer.rules and second.optimizer.ema_decay == 0.9
+
+
 @pytest.mark.parametrize(
     ('sizes', 'optimizer', 'message'),
     [
@@ -51,6 +71,10 @@ def test_one_curve(optimizer):
         ({96: 4, 128: 96}, {}, 'a warmup of 5 % does not end within the first stage'),
         ({96: 50, 128: 50}, {'warmup': {'epochs': 1.0}}, 'a warmup in epochs of a run in steps'),
         ({96: 50, 128: 50}, {'schedule': 'rsqrt'}, "schedule='rsqrt'"),
+        ({96: 50, 128: 50}, rule(start=dict(percent=10)), "a rule's start would come again in every stage"),
+        ({96: 50, 128: 50}, rule(warmup=dict(steps=5)), "a rule's warmup .* leave it out: img/"),
+        ({96: 50, 128: 50}, rule(schedule='rsqrt'), "a rule's schedule='rsqrt' would"),
+        ({96: 50, 128: 50}, dict(ema_decay=0.99, ema_warmup=True), 'averages of 89 % does not end within the first'),
     ],
 )
 def test_what_cannot_be_parted_is_refused(sizes, optimizer, message):

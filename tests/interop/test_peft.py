@@ -148,6 +148,13 @@ def test_of_queries_and_values_alone_the_keys_stay(tuned, tmp_path):
     [
         (dict(peft_type='IA3'), {}, "peft_type is 'IA3', only LORA"),
         (dict(use_dora=True), {}, 'use_dora is True'),
+        (
+            dict(alora_invocation_tokens=[7, 8]),
+            {},
+            r'alora_invocation_tokens is \[7, 8\], and only None or \[\] is read',
+        ),
+        (dict(use_qalora=True), {}, 'use_qalora is True'),
+        (dict(layer_replication=[[0, 1], [0, 1]]), {}, 'layer_replication is '),
         # These take their factors out of the matrix that they are added to.
         (dict(init_lora_weights='olora'), {}, "init_lora_weights is 'olora', and only True or False or None or 'gau"),
         (dict(init_lora_weights='pissa_niter_4'), {}, "init_lora_weights is 'pissa_niter_4'"),
@@ -206,6 +213,14 @@ def check_merged(stage, merged, state):
             np.testing.assert_allclose(state[name][: len(expected)], expected, atol=1e-6, err_msg=name)
             count += 1
     assert count == 59
+
+
+@pytest.mark.parity
+def test_no_variant_of_theirs_is_read_as_plain():
+    """VeLoRA's is one in training alone: it stores less for the backward pass."""
+    settings = dataclasses.fields(pytest.importorskip('peft').LoraConfig)
+    variants = {field.name for field in settings if field.metadata.get('is_lora_variant')}
+    assert variants and variants - {'velora_config'} <= set(peft._FIXED)
 
 
 @pytest.mark.parity

@@ -7,6 +7,7 @@ import types
 
 import pytest
 
+from big_vlm.config import UserError
 from big_vlm.data import tfrecord
 from big_vlm.reports import writers
 
@@ -215,3 +216,26 @@ def test_weights_and_biases_goes_on_with_the_same_run(tmp_path, monkeypatch):
     assert first == second and len(first['id']) == 32 and first['resume'] == 'allow'
     assert (first['project'], first['name'], first['config']) == ('vlm', 'mine/pretrain', {'seed': 3})
     assert calls[1] == ('axis', '*', 'step') and calls[6] == ('log', {'step': 2, 'loss': 1.0})
+
+
+def test_weights_and_biases_out_of_reach(tmp_path, monkeypatch, capsys):
+    """At the start it is one line that names the fix; later it is told once, and the other writers go on."""
+
+    def refuse(*args, **options):
+        raise ConnectionAbortedError('api.wandb.ai:\n timed out') if args else RuntimeError('no API key')
+
+    run = types.SimpleNamespace(define_metric=lambda *a, **k: None, log=refuse, finish=lambda: refuse('now'))
+    module = types.SimpleNamespace(init=refuse)
+    monkeypatch.setitem(sys.modules, 'wandb', module)
+    with pytest.raises(
+        UserError, match=r"^wandb: no API key\. Run 'wandb login', set WANDB_MODE=offline, or set wandb"
+    ):
+        writers.WandbWriter('vlm', 'mine/pretrain', tmp_path, {})
+    module.init = lambda **options: run
+    table = writers.CsvWriter(tmp_path / 'metrics.csv')
+    both = writers.MultiWriter(writers.WandbWriter('vlm', 'mine/pretrain', tmp_path, {}), table)
+    both.write(1, {'loss': 1.0})
+    both.write(2, {'loss': 2.0})
+    both.close()
+    assert writers.read_csv(table.path) == {'loss': [(1, 1.0), (2, 2.0)]}
+    assert capsys.readouterr().err == 'big_vlm: wandb: api.wandb.ai: timed out. The run goes on\n'

@@ -99,5 +99,11 @@ def test_gke_has_a_pod_per_host_and_a_name_for_each():
     sides = [int(side) for side in pod['nodeSelector']['cloud.google.com/gke-tpu-topology'].split('x')]
     chips = container['resources']['limits']['google.com/tpu']
     assert spec['parallelism'] == spec['completions'] == sides[0] * sides[1] // chips
+    fail, stopped, preempted = spec['podFailurePolicy']['rules']
+    assert pod['restartPolicy'] == 'Never', 'or the policy is refused'
+    for rule, action, code in ((fail, 'FailJob', 2), (stopped, 'Ignore', main.INTERRUPTED)):
+        exits = {'containerName': container['name'], 'operator': 'In', 'values': [code]}
+        assert rule == {'action': action, 'onExitCodes': exits}
+    assert preempted == {'action': 'Ignore', 'onPodConditions': [{'type': 'DisruptionTarget', 'status': 'True'}]}
     assert pod['volumes'][0]['name'] == container['volumeMounts'][0]['name']
     assert container['command'][4].startswith(f'--workdir={container["volumeMounts"][0]["mountPath"]}/')

@@ -1,6 +1,7 @@
 """A stage that goes on with another's state is, at the same size, one run; at another, its positions are resized."""
 
 import itertools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from big_vlm.config import UserError, parse_stage
 from big_vlm.ops import position_resize
 from big_vlm.reports.writers import MultiWriter
 from big_vlm.sharding.mesh import make_mesh
-from big_vlm.training import initial_state, loop, optimizer, step
+from big_vlm.training import initial_state, loop, optimizer, stages, step
 
 
 class Grid(Toy):
@@ -56,7 +57,7 @@ def low(mesh, tmp_path_factory):
 
 
 def test_two_halves_are_one_run(low, mesh, tmp_path):
-    load = initial_state.make(low[0] / 'checkpoints', 'bilinear')
+    load = initial_state.make(low[0] / 'checkpoints', 4, 'bilinear')
     halves = train(Grid(4), settings(4, 0.5, 1.0), tmp_path / 'half', mesh, skip=4, initial_state=load)
     whole = trees.flat(train(Grid(4), settings(8), tmp_path / 'whole', mesh))
     assert int(halves.step) == 4 == int(optimizer.updates_made(halves.opt_state))
@@ -71,7 +72,7 @@ def test_positions_and_what_belongs_to_them_are_resized(low, mesh):
     config = settings(4, 0.5, 1.0)
     tx, info = optimizer.make(config.optimizer, 4, step.param_shapes(Grid(8)))
     abstract = step.abstract_state(Grid(8), tx, mesh, averaged=info.trainable)
-    state = initial_state.make(low[0] / 'checkpoints', 'bilinear')(abstract)
+    state = initial_state.make(low[0] / 'checkpoints', 4, 'bilinear')(abstract)
     before, found = trees.flat(low[1]), trees.flat(state)
     resized = [path for path in found if path.endswith('img/pos_embedding')]
     assert len(resized) == 4, 'parameter, average and two moments'
@@ -82,6 +83,21 @@ def test_positions_and_what_belongs_to_them_are_resized(low, mesh):
             np.testing.assert_array_equal(leaf, position_resize.bilinear(np.asarray(before[path]), (8, 8)))
         elif path != 'step' and not path.endswith('count'):
             np.testing.assert_array_equal(leaf, before[path], err_msg=path)
+
+
+def test_another_step_than_the_last_is_no_end(low, tmp_path):
+    """Where the last is damaged or gone, none before it will do; nothing is renamed there."""
+    folder = shutil.copytree(low[0] / 'checkpoints', tmp_path / 'low' / 'checkpoints')
+    remedy = rf'\. Remove {tmp_path / "low" / "bundle"}, and the end of that stage is trained again$'
+    with pytest.raises(UserError, match=f'{folder}: no checkpoint of step 8{remedy}'):
+        stages._end_of(settings(8), tmp_path / 'low' / 'bundle', settings(4))({})
+    (folder / '4' / 'manifest.json').write_text('{')
+    for earlier in (False, True):  # also where it could be set aside
+        if earlier:
+            shutil.copytree(low[0] / 'checkpoints' / '4', folder / '2')
+        with pytest.raises(UserError, match=rf'{folder / "4"} is damaged: .*{remedy}'):
+            initial_state.make(folder, 4, 'bilinear')({})
+    assert sorted(path.name for path in folder.iterdir()) == ['2', '4']
 
 
 @pytest.mark.parametrize('side', [7, 8])
@@ -98,7 +114,7 @@ def test_the_factors_of_adafactor_are_resized(side, mesh, tmp_path):
     initial_state.check(like, abstract, 'here')
     with Checkpointer(tmp_path / 'c') as saver:
         saver.save(1, state)
-    found, given = (trees.flat(x) for x in (initial_state.make(tmp_path / 'c', 'bilinear')(abstract), state))
+    found, given = (trees.flat(x) for x in (initial_state.make(tmp_path / 'c', 1, 'bilinear')(abstract), state))
     (row,) = (path for path in found if path.endswith('v_row/img/pos_embedding'))
     column = row.replace('v_row', 'v_col')
     of_positions, of_width = (column, row) if side == 8 else (row, column)

@@ -284,7 +284,11 @@ def test_the_best_checkpoint_stays(tmp_path, mesh):
 
     loop.train(config, Toy(), batches, tmp_path, Events(), mesh=mesh, evaluate=evaluate)
     assert sorted(f.name for f in (tmp_path / 'checkpoints').iterdir()) == ['2', '5']
-    wrong = stage(6, evals=config.evals, checkpoint={**best, 'best': 'often/acuracy'})
+    again = stage(6, evals={'often': {'kind': 'zero_shot', 'classes': ('a',), 'every': 1}}, checkpoint=best)
+    scores[6] = 0.3  # the best of another evaluation
+    loop.train(again, Toy(), batches, tmp_path, Events(), mesh=mesh, evaluate=evaluate)
+    assert sorted(f.name for f in (tmp_path / 'checkpoints').iterdir()) == ['6']
+    wrong = stage(7, evals=config.evals, checkpoint={**best, 'best': 'often/acuracy'})
     with pytest.raises(UserError, match=r"'often/acuracy' \(config.checkpoint.best\): did you mean 'often/accuracy'"):
         loop.train(wrong, Toy(), batches, tmp_path, Events(), mesh=mesh, evaluate=lambda *a: evaluate(*a[:1], 5, a[2]))
 

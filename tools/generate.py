@@ -247,7 +247,7 @@ def answer_file(args: argparse.Namespace) -> int:
     every = 1 if sys.stderr.isatty() else args.batch_size
     start, done = None, 0
     try:
-        for done in requests.answer(bundle, asked, out, settings(args), name=name):
+        for done in requests.answer(bundle, asked, out, settings(args), name=name, folder=folder):
             start = done if start is None else start
             if (done - start) % every == 0 or done == len(asked):
                 progress.write(done, {})

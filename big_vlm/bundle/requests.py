@@ -62,29 +62,33 @@ def _request(line: bytes, number: int, folder: Path) -> Request:
         given['prompt'] = record.get('prompt')
         if not isinstance(given['prompt'], str):
             raise UserError(f"line {number}: no text in 'prompt'; there is {list(record)[:10]}")
-        json.dumps(given, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return Request({'line': number}, error=f'line {number}: half of a character')
     except (UserError, BadRecord) as error:
         return Request(given, error=str(error))
     return Request(given, image, given['prompt'])
 
 
 def answer(
-    bundle: Bundle, requests: list[Request], out: Path, settings: Mapping[str, Any], *, name: str = ''
+    bundle: Bundle,
+    requests: list[Request],
+    out: Path,
+    settings: Mapping[str, Any],
+    *,
+    name: str = '',
+    folder: Path | None = None,
 ) -> Iterator[int]:
     """Answers what `out` does not hold yet, and yields how many requests it holds, first and each time it has grown.
 
     Args:
       settings: of `Bundle.generate`. `out`.settings.json keeps those that decide answers, to refuse going on with
         others.
-      name: of the bundle, kept with them.
+      name, folder: of the bundle, and where images are; kept with them, the folder if a request has an image.
 
     Raises:
       UserError: `out` cannot be written, or holds answers to other requests or of other settings.
     """
     deciding = {key: value for key, value in settings.items() if key not in ('batch_size', 'prompt_lookup')}
-    done = finished(requests, out, {'bundle': name, **deciding})
+    seen = os.path.realpath(folder) if folder and any(request.image for request in requests) else ''
+    done = finished(requests, out, {'bundle': name, 'images': seen, **deciding})
     yield done
     sees = bool(bundle.contract.image_tokens)
     rest = [_suiting(request, sees) for request in requests[done:]]
@@ -122,31 +126,37 @@ def _answered(request: Request, said: Answer) -> dict[str, Any]:
 def finished(requests: list[Request], out: Path, settings: Mapping[str, Any]) -> int:
     """How many requests `out` holds the answers of; what a killed run left of a line is cut off. Made ready if absent.
 
-    Raises UserError as `answer` does.
+    Raises UserError as `answer` does; what holds anything else is left as it is.
     """
     beside = out.with_name(out.name + '.settings.json')
     stored = json.dumps(dict(settings), indent=1, sort_keys=True)
     try:
         content = out.read_bytes() if out.exists() else b''
-        if content and beside.exists() and beside.read_text() != stored:
+        if content and not beside.exists():
+            raise UserError(f'{out} holds no answers, or has lost its {beside.name}: name another file')
+        if content and beside.read_text() != stored:
             raise UserError(f'{out} was begun with other settings ({beside}): name another file, or delete it')
-        out.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(stored)
         whole = content[: content.rfind(b'\n') + 1]
+        lines = whole.splitlines()
+        for i, line in enumerate(lines):
+            if i >= len(requests) or not _answers(line, requests[i]):
+                raise UserError(f'{out}:{i + 1} does not answer request {i + 1}: name another file, or delete it')
+        if not content:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            beside.write_text(stored)  # before the first answer, and never again
         if whole != content or not out.exists():
             with open(out, 'ab') as file:
                 file.truncate(len(whole))
     except OSError as error:
         raise UserError(f'cannot write {out}: {error.strerror}') from None
-    lines = whole.splitlines()
-    for i, line in enumerate(lines):
-        try:
-            matches = i < len(requests) and requests[i].given.items() <= json.loads(line).items()
-        except (ValueError, AttributeError):
-            matches = False
-        if not matches:
-            raise UserError(f'{out}:{i + 1} does not answer request {i + 1}: name another file, or delete it')
     return len(lines)
+
+
+def _answers(line: bytes, request: Request) -> bool:
+    try:
+        return request.given.items() <= json.loads(line).items()
+    except (ValueError, AttributeError):
+        return False
 
 
 def failures(out: Path) -> int:

@@ -3,6 +3,7 @@
 import abc
 import contextlib
 import functools
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -91,6 +92,16 @@ def part(count: int, split: str, name: str, splits: Iterable[str] = (SPLIT,)) ->
     if not len(chosen):
         raise UserError(f'{name}: no records')
     return chosen.astype(np.int64)
+
+
+def parse_json(data: bytes) -> Any:
+    """The value of a text in JSON. Raises ValueError or RecursionError for what is none, or says what UTF-8 cannot."""
+    value = json.loads(data)
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # "\ud83d", which JSON lets through
+        raise ValueError('half of a character: a surrogate without its other half') from None
+    return value
 
 
 def files_of(paths: Iterable[AnyPath], what: str) -> list[AnyPath]:

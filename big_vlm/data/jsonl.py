@@ -8,7 +8,6 @@ in 0..1: `"objects": {"bbox": [[y1, x1, y2, x2]], "label": ["boat"]}`. A column 
 them names pictures of the same size, black but for the object, by such paths.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 
 from big_vlm.config import UserError
 from big_vlm.data import paths
-from big_vlm.data.indexed import SPLIT, BadRecord, Indexed
+from big_vlm.data.indexed import SPLIT, BadRecord, Indexed, parse_json
 
 MAX_LINE = 2**20  # bytes
 _CHUNK = 2**24  # bytes read at once to find the lines
@@ -28,8 +27,8 @@ class JsonLines(Indexed):
     """The lines of a file, or of a part of it.
 
     `record['image']` is a path, which the operation `decode` opens: a picture that is not there is a bad example, and
-    replaced like any other; so is a line that is no JSON object. Lines are found once, in one pass
-    over the file, and then read at random access; empty ones do not count.
+    replaced like any other; so is a line that is no JSON object. Lines are found once, in one pass over the file, and
+    then read at random access; those of white space alone do not count.
 
     Args:
       path: of the file.
@@ -63,7 +62,7 @@ def parse(line: bytes, folder: paths.AnyPath, where: str) -> dict:
     """The record of a line, its `image` (or a list of them), if it has one, and masks paths below `folder`. Raises
     BadRecord or, for a picture that is elsewhere, UserError; both begin with `where`."""
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except (ValueError, RecursionError) as error:
         raise BadRecord(f'{where}: the line is not JSON: {error}') from None
     if not isinstance(record, dict):
@@ -94,17 +93,22 @@ def _below(folder: paths.AnyPath, name: str, where: str, what: str) -> paths.Any
 
 def _lines(file: Path, path: paths.AnyPath) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of every line with something on it: its first byte, the one behind its last, its number from 1; int64 [N]."""
-    size, newlines = 0, []
+    size, starts, ends, filled = 0, [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0, bool)]
     with open(file, 'rb') as opened:
-        while chunk := opened.read(_CHUNK):
-            newlines.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == _NEWLINE) + size)
+        # Whole lines; of one that is too long, enough of it to tell.
+        while chunk := opened.read(_CHUNK) + opened.readline(MAX_LINE + 1):
+            data = np.frombuffer(chunk if chunk.endswith(b'\n') else chunk + b'\n', np.uint8)
+            newlines = np.flatnonzero(data == _NEWLINE)
+            first = np.concatenate([[0], newlines[:-1] + 1])
+            starts.append(first + size)
+            ends.append(newlines + size)
+            filled.append(np.maximum.reduceat(data, first) > ord(' '))
             size += len(chunk)
-    ends = np.concatenate([*newlines, [size]]).astype(np.int64)
-    starts = np.concatenate([[0], ends[:-1] + 1])
+    starts, ends = np.concatenate(starts), np.concatenate(ends)
     long = np.flatnonzero(ends - starts > MAX_LINE)
     if len(long):
         raise UserError(f'{path}:{long[0] + 1}: the line is longer than {MAX_LINE} bytes: is it one object a line?')
-    kept = np.flatnonzero(ends - starts > 1)  # '{}' is the shortest; an empty one may hold a carriage return
+    kept = np.flatnonzero(np.concatenate(filled))  # by more than white space
     if not len(kept):
         raise UserError(f'{path}: no lines')
     return starts[kept], ends[kept], kept + 1

@@ -3,8 +3,9 @@
     000123.jpg, 000123.txt, 000123.json, 000123.cls
 
 become one record: `image` the picture's bytes, `caption` the text, `label` the number, `key` the shared name, and such
-fields of the JSON object as no member has. Members are found in one pass over the headers, which is remembered of a tar
-behind an address, and then read where they lie, those of a record at once.
+fields of the JSON object as no member has. Folders and hidden members (macOS writes a ._000123.jpg beside each) are
+passed over. Members are found in one pass over the headers, which is remembered of a tar behind an address, and then
+read where they lie, those of a record at once.
 """
 
 import json
@@ -20,7 +21,7 @@ import numpy as np
 from big_vlm.config import UserError
 from big_vlm.data import paths
 from big_vlm.data.folders import PICTURES
-from big_vlm.data.indexed import SPLIT, BadRecord, Indexed, files_of
+from big_vlm.data.indexed import SPLIT, BadRecord, Indexed, files_of, parse_json
 
 _log = logging.getLogger(__name__)
 _RANGE = re.compile(r'\{(\d+)\.\.(\d+)\}')
@@ -90,7 +91,7 @@ def _fields(suffix: str, data: bytes, where: str) -> dict:
         if suffix in PICTURES:
             return {'image': data}
         if suffix == '.json':
-            fields = json.loads(data)
+            fields = parse_json(data)
             if not isinstance(fields, dict):
                 raise ValueError('no JSON object')
             return fields
@@ -148,10 +149,10 @@ def _scan(opened: BinaryIO, file: str) -> tuple[_Members, list[str]]:
     try:
         with tarfile.open(fileobj=opened, mode='r:') as tar:
             while member := tar.next():
-                key, _, suffix = os.path.basename(member.name).partition('.')
-                key = os.path.join(os.path.dirname(member.name), key)
+                stem, _, suffix = os.path.basename(member.name).partition('.')
+                key = os.path.join(os.path.dirname(member.name), stem)
                 parts = member.name.split('/')
-                if member.isdir():
+                if member.isdir() or not stem:
                     continue
                 if not member.isreg() or os.path.isabs(member.name) or '..' in parts or not suffix:
                     skipped.append(f'{file}: {member.name}: no plain file with a name and a suffix')

@@ -137,6 +137,7 @@ def _yes_no(name: str) -> Metric:
 
 
 def _boxes(answer: str) -> np.ndarray:
+    """Edges float64 [N, 4] in 0..1, of a true answer too: as its tokens say them, which is to within 1/2046."""
     return np.array([box for box, _ in coordinates.text_to_boxes(answer)], np.float64).reshape(-1, 4)
 
 

@@ -24,7 +24,8 @@ _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_COMMA = re.compile(r'\d,\d')
 _PERIOD = re.compile(r'\.(?!\d)')
 _PERIODS = 32  # how many the official code takes out: it passes a flag where the count belongs
-_LETTER = re.compile(r'the answer is \(?([a-z])\b', re.IGNORECASE)
+# "a" before another word is an article: "The answer is a magnet."
+_LETTER = re.compile(r'(?i:the answer is) \(?(?!a +\S)([A-Za-z])\b')
 
 
 def normalise_vqa(answer: str) -> str:

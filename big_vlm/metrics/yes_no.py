@@ -4,18 +4,20 @@ Li et al. 2023 (arXiv 2305.10355): POPE asks as often for objects that are there
 sees what is not there says yes too often.
 """
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
 
-_NO = {'no', 'not'}
+_NO = {'No', 'no', 'not'}
 
 
 def says_yes(answer: str) -> bool:
-    """POPE's reading of a free answer: yes, unless its first sentence has the word 'no' or 'not'."""
-    words = re.sub(r',', '', answer.partition('.')[0]).lower().split()
-    return not _NO & set(words)
+    """POPE's reading of a free answer: yes, unless 'No', 'no' or 'not' stands between spaces in its first sentence.
+
+    As its evaluate.py has it: commas do not count, but all else does, so that 'NO' and 'Not' are yes too.
+    """
+    words = answer.partition('.')[0].replace(',', '').split(' ')
+    return _NO.isdisjoint(words)
 
 
 def counts(predictions: Sequence[str], truths: Sequence[str]) -> np.ndarray:

@@ -169,12 +169,26 @@ class Evaluator:
             self.tokenizer,
             self._batch_size(settings.batch_size),
             count,
-            check=lambda record: _check_fields(settings, record),
+            check=lambda record: self._check(settings, record),
             failures=failures,
             anywhere=lambda failed: meshes.anywhere(failed, self.mesh),
         ):
             signals.check()
             yield batch
+
+    def _check(self, settings: Eval, record: dict) -> None:
+        """Refuses a record that the evaluation can make nothing of: UserError as of all, or ValueError, of this one."""
+        _check_fields(settings, record)
+        if settings.kind == 'perplexity' and not str(field(record, 'suffix')).strip():
+            raise ValueError('the true answer is empty')
+        if settings.choices_field:
+            choices = self._choices(settings, record)
+            try:
+                self._table(settings, [choices])
+                if settings.kind == 'calibration':
+                    calibration.of_choices(np.zeros(len(choices)), choices, field(record, 'suffix'))
+            except UserError as error:
+                raise ValueError(str(error)) from None
 
     def allowed(self, settings: Eval) -> Iterator[tuple[dict[str, np.ndarray], list[dict]]]:
         """`batches`, with the answers that each row may give (`decoding.choices`), where the settings restrict them."""
@@ -189,6 +203,8 @@ class Evaluator:
         if not settings.choices_field:
             return list(settings.choices)
         listed = np.asarray(field(record, settings.choices_field)).tolist()
+        if not isinstance(listed, list):
+            raise ValueError(f'{settings.choices_field} is no list of answers')
         return [one.decode() if isinstance(one, bytes) else one for one in listed]
 
     def _table(self, settings: Eval, sets: list[list[str]]) -> np.ndarray:

@@ -21,12 +21,12 @@ PIPELINE = 'decode | resize(32) | text("caption")'
 
 @pytest.fixture
 def folder(tmp_path):
-    """Four pictures, and captions.jsonl about them: an empty line, line ends of two bytes, none at the end."""
+    """Four pictures, and captions.jsonl about them: empty lines, line ends of two bytes, none at the end."""
     (tmp_path / 'walls').mkdir()
     for i, name in enumerate(NAMES):
         Image.new('RGB', (20, 30), (60 * i,) * 3).save(tmp_path / 'walls' / f'{name}.png')
     lines = [json.dumps({'image': f'walls/{name}.png', 'caption': f'a {name} wall ü'}) for name in NAMES]
-    text = f'{lines[0]}\r\n\r\n{lines[1]}\n{lines[2]}\n{lines[3]}'
+    text = f'{lines[0]}\r\n\r\n{lines[1]}\n  \n \t \r\n{lines[2]}\n\n{lines[3]}'
     (tmp_path / 'captions.jsonl').write_bytes(text.encode())
     return tmp_path
 
@@ -85,6 +85,8 @@ def test_where(folder):
         ('{"image": "a.png"', ':3: the line is not JSON: Expecting'),
         (b'{"image": "\xff"}', ':3: the line is not JSON: '),
         ('[' * 100_000, ':3: the line is not JSON: '),
+        ('{"image": "a.png", "caption": "\\ud83d"}', ':3: the line is not JSON: half of a character'),
+        (b'{"image": "a.png", "caption": "\xed\xa0\xbd"}', ':3: the line is not JSON: half of a character'),
         ('["a.png"]', ':3: a line must be one JSON object'),
         ('{"image": 3}', ":3: no text in 'image'"),
         ('{"image": null}', ":3: no text in 'image'"),

@@ -121,17 +121,20 @@ def test_damage_in_the_middle_is_counted_and_named(tmp_path, caplog):
 
 def test_members_that_lead_elsewhere_are_passed_over(tmp_path, caplog):
     members = [('../up.png', picture(1)), ('/etc/x.png', picture(2)), ('link.png', None), ('README', b'no suffix')]
-    source = sources.load(f'tar:{tar(tmp_path / "a.tar", [*members, ("ok.png", picture(3))])}', 'train')
-    assert [r['key'] for r in source] == ['ok'] and source.skipped == 4 and '../up.png' in caplog.text
+    members += [('ok.png', picture(3)), ('._ok.txt', b"macOS's own"), ('ok.txt', b'fine'), ('.DS_Store', b'')]
+    source = sources.load(f'tar:{tar(tmp_path / "a.tar", members)}', 'train')
+    assert [(r['key'], r['caption']) for r in source] == [('ok', 'fine')]
+    assert source.skipped == 4 and '../up.png' in caplog.text
 
 
 def test_bad_members_are_bad_records(tmp_path):
-    members = [('a.json', b'{'), ('b.json', b'[]'), ('c.txt', b'\xff'), ('d.cls', b'cat'), ('e.txt', b'fine')]
+    members = [('a.json', b'{'), ('b.json', b'[]'), ('c.txt', b'\xff'), ('d.cls', b'cat')]
+    members += [('e.json', b'{"caption": "\\ud83d"}'), ('f.txt', b'fine')]
     source = sources.load(f'tar:{tar(tmp_path / "a.tar", members)}', 'train')
-    for i in range(4):
-        with pytest.raises(BadRecord, match=f'a.tar: {"abcd"[i]}'):
+    for i in range(5):
+        with pytest.raises(BadRecord, match=f'a.tar: {"abcde"[i]}'):
             source[i]
-    assert source[4]['caption'] == 'fine' and source.features == ('key', 'caption')
+    assert source[5]['caption'] == 'fine' and source.features == ('key', 'caption')
     members = [('a.png', picture(1)), ('b.png', picture(2)), ('b.txt', b'fine')]  # the first example has no text
     assert sources.load(f'tar:{tar(tmp_path / "b.tar", members)}', 'train').features == ('key', 'image', 'caption')
 

@@ -72,20 +72,25 @@ def test_relaxed_accuracy():
 
 
 def test_science_qa():
-    truth = ['The answer is B.']
-    assert [vqa.science_qa(a, truth) for a in ('The answer is B.', 'the answer is (B)', 'b', '(B)')] == [1.0] * 4
-    assert [
-        vqa.science_qa(a, truth) for a in ('The answer is A.', 'banana', '', 'The answer is B. The answer is C.')
-    ] == [0.0] * 4
+    right = (
+        'The answer is B.',
+        'the answer is (B)',
+        'b',
+        '(B)',
+        'the answer is b',
+        'The answer is B because it is blue.',
+    )
+    wrong = ('The answer is A.', 'banana', '', 'The answer is B. The answer is C.', 'The answer is Bananas.')
+    for answers, score in ((right, 1.0), (wrong, 0.0)):
+        assert [vqa.science_qa(a, ['The answer is B.']) for a in answers] == [score] * len(answers)
+    assert vqa.science_qa('the answer is a.', ['The answer is A.']) == 1.0
+    assert vqa.science_qa('The answer is a magnet.', ['The answer is A.']) == 0.0  # an article
 
 
 def test_yes_and_no():
-    assert [yes_no.says_yes(t) for t in ('yes', 'No, there is not', 'There is not one. Yes', 'a dog')] == [
-        True,
-        False,
-        False,
-        True,
-    ]
+    no = ('No, there is not', 'There is not one. Yes', 'no', 'Yes, no')
+    yes = ('yes', 'a dog', 'Yes. No', 'NO', 'Not at all', 'no\nsuch thing')  # whatever POPE's own code does not know
+    assert [yes_no.says_yes(answer) for answer in (*no, *yes)] == [False] * len(no) + [True] * len(yes)
     scores = yes_no.scores(yes_no.counts(['yes', 'yes', 'no', 'yes'], ['yes', 'no', 'no', 'yes']))
     third = pytest.approx(2 / 3)
     assert scores == {'accuracy': 0.75, 'precision': third, 'recall': 1.0, 'f1': pytest.approx(0.8), 'yes_ratio': 0.75}

@@ -155,17 +155,41 @@ def test_what_is_wrong_with_a_request_is_said_in_its_place(micro_run, asked, tmp
         assert [answer.ids for answer in ask] == [row['ids']]
 
 
-def test_other_requests_and_other_settings_do_not_go_on(micro_run, asked, whole, tmp_path, capsys):
-    out = tmp_path / 'answers.jsonl'
+def test_other_requests_and_other_settings_do_not_go_on(micro_run, asked, whole, tmp_path, monkeypatch, capsys):
+    model = big_vlm.load(micro_run / 'multimodal' / 'bundle')
+    monkeypatch.setattr(generate, 'load', lambda *_: model)
+    monkeypatch.chdir(asked)
+    out, beside = tmp_path / 'answers.jsonl', tmp_path / 'answers.jsonl.settings.json'
     out.write_bytes(whole.read_bytes())
-    assert generate.main(words(micro_run, asked, out, '--batch_size=2')) == 0  # nothing to do
+    beside.write_bytes(whole.with_name(f'{whole.name}.settings.json').read_bytes())
+    assert generate.main(words(micro_run, asked, out, '--batch_size=2', '--images=photos')) == 0  # nothing to do
     assert out.read_bytes() == whole.read_bytes()
-    assert generate.main(words(micro_run, asked, out, '--seed=1')) == 2
-    assert 'begun with other settings' in capsys.readouterr().err
+    for other in ('--seed=1', '--images=.'):
+        assert generate.main(words(micro_run, asked, out, other)) == 2
+        assert 'begun with other settings' in capsys.readouterr().err
     lines = out.read_text().splitlines(keepends=True)
     out.write_text(''.join([lines[1], lines[0], *lines[2:]]))
     assert generate.main(words(micro_run, asked, out)) == 2
     assert 'answers.jsonl:1 does not answer request 1' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('settings', 'message'),
+    [
+        (None, 'config.json holds no answers'),
+        ('{}', 'config.json:1 does not answer request 1'),
+        ('{"seed": 1}', 'other settings'),
+    ],
+)
+def test_what_is_no_answers_is_left_as_it_is(tmp_path, settings, message):
+    out = tmp_path / 'config.json'
+    out.write_text('{"width": 64}\n{"depth": 2}')
+    if settings:
+        (tmp_path / 'config.json.settings.json').write_text(settings)
+    before = {path: path.read_text() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=message):
+        requests.finished([requests.Request({'line': 1})], out, {})
+    assert {path: path.read_text() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize(

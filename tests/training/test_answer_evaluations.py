@@ -193,6 +193,31 @@ def test_refused(changes, message, tmp_path):
     assert '\n' not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ('changes', 'bad', 'message'),
+    [
+        (dict(kind='perplexity'), dict(answer=' '), 'the true answer is empty'),
+        (dict(kind='generation'), dict(options=['red', '']), "choice '': must be text"),
+        (dict(kind='generation'), dict(options=['red', None]), 'choice None: must be text'),
+        (dict(kind='generation'), dict(options=['red', 'a caption of very many words']), 'raise max_new_tokens from 8'),
+        (dict(kind='generation'), dict(options=[]), 'no choices'),
+        (dict(kind='generation'), dict(options='red'), 'options is no list of answers'),
+        (dict(kind='calibration', fit_split='train[:5]'), dict(answer='green'), "'green' is none of the choices"),
+    ],
+)
+def test_a_record_without_an_answer_to_give_is_left_out(model, tmp_path, caplog, changes, bad, message):
+    Image.new('RGB', (32, 32)).save(tmp_path / 'a.png')
+    good = {'image': 'a.png', 'answer': 'red', 'options': ['red', 'blue']}
+    (tmp_path / 'asked.jsonl').write_text('\n'.join(map(json.dumps, [good] * 9 + [good | bad])))
+    pipeline = f'{LOOKS} | prefix("which?") | suffix("{{answer}}") | tokenize'
+    asked = dict(dataset='asked.jsonl', split='train', pipeline=pipeline, batch_size=16, max_new_tokens=8)
+    choices = {} if changes['kind'] == 'perplexity' else {'choices_field': 'options'}
+    made = stage(str(tmp_path), dict(x=asked | choices | changes))
+    evaluator = evaluation.Evaluator(made, model.task, model.contract, model.tokenizer, model.mesh)
+    [(_, records)] = evaluator.allowed(made.evals['x'])
+    assert len(records) == 9 and message in caplog.text
+
+
 def test_choices_that_do_not_fit_are_found_before_training(model, tiny_digit_scenes):
     for changes, message in (
         (dict(choices=('red', 'a caption of very many words'), max_new_tokens=3), r'config\.evals\.x: choice .*from 3'),

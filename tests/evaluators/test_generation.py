@@ -113,7 +113,7 @@ def test_several_true_answers(tmp_path):
         generation.predict(
             lambda batch: ['a'], [(batch, [{'prefix': 'colour?', 'truths': []}])], [], truth_field='truths'
         )
-    with pytest.raises(UserError, match="needs field 'truths/words'"):
+    with pytest.raises(ValueError, match="no 'words' in it for truths/words"):
         generation.predict(lambda batch: ['a'], [(batch, records)], [], truth_field='truths/words')
 
 

@@ -261,14 +261,14 @@ def _compile(lowered: jax.stages.Lowered, inputs: int, own: int | None = None) -
     except jax.errors.JaxRuntimeError as error:
         if 'RESOURCE_EXHAUSTED' not in str(error):
             raise
-        return _asked(str(error), inputs), ''
+        return asked(str(error), inputs), ''
     total = memory.peak(compiled)
     if own is not None and total is not None:
         total -= compiled.memory_analysis().argument_size_in_bytes - own
     return total, compiled.as_text()
 
 
-def _asked(error: str, inputs: int) -> int | None:
+def asked(error: str, inputs: int) -> int | None:
     """Bytes that the TPU compiler's error says were needed; None if it does not say."""
     if used := re.search(r'Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm', error):
         return int(float(used[1]) * _UNITS[used[2]])

@@ -54,6 +54,12 @@ def test_memory_on_eight_chips():
 
 
 @pytest.mark.parity
+def test_what_does_not_fit_is_told_too():
+    [dense] = bench('tools.bench.contrastive_memory', '--case=softmax-dense', '--batch=131072')['results']
+    assert not dense['fits'] and dense['temp_mib'] > 16_000
+
+
+@pytest.mark.parity
 @pytest.mark.parametrize('loss', ['sigmoid', 'softmax'])
 def test_every_transfer_has_a_matrix_product_beside_it(loss):
     told = bench('tools.bench.contrastive_overlap', f'--loss={loss}', '--batch=32768')

@@ -44,15 +44,22 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     import jax
 
+    from big_vlm.checks import preflight
+
     print(f'{len(devices)} × {devices[0].device_kind}, bfloat16, width {args.width}, jax {jax.__version__}')
     print(f'{"case":16}{"batch":>10}{"temporary MiB per chip":>26}')
     options, results = dict(tile=args.tile, chunk=args.chunk, ways=args.ways), []
     for case in args.case or CASES:
         for batch in args.batch or (32768, 131072):
-            compiled = tpu_compiler.compile_loss(*case.split('-'), batch, args.width, devices, **options)
-            mib = compiled.memory_analysis().temp_size_in_bytes / 2**20
-            results.append({'case': case, 'batch': batch, 'temp_mib': round(mib, 2)})
-            print(f'{case:16}{batch:10,}{mib:26,.1f}', flush=True)
+            try:
+                compiled = tpu_compiler.compile_loss(*case.split('-'), batch, args.width, devices, **options)
+                used, fits = compiled.memory_analysis().temp_size_in_bytes, True
+            except jax.errors.JaxRuntimeError as error:
+                used, fits = preflight.asked(str(error), 0), False
+                if used is None:
+                    raise
+            results.append({'case': case, 'batch': batch, 'temp_mib': round(used / 2**20, 2), 'fits': fits})
+            print(f'{case:16}{batch:10,}{used / 2**20:26,.1f}{"" if fits else "  does not fit"}', flush=True)
     about = {'topology': args.topology, 'width': args.width, 'dtype': 'bfloat16', **options, 'jax': jax.__version__}
     print(json.dumps({'bench': 'contrastive_memory', **about, 'results': results}))
     return 0

@@ -76,6 +76,8 @@ def run(argv: Sequence[str]) -> None:
 
     rest, overrides = config.take_overrides(argv)
     flags = _flags(rest)
+    if not flags.workdir:
+        raise UserError('--workdir is empty: name the folder where everything is written')
     if '://' in flags.workdir:
         raise UserError(f'--workdir={flags.workdir}: only folders of this machine (or mounted ones) can be written to')
     raw = config.load_config(flags.config, overrides)
@@ -95,6 +97,7 @@ def run(argv: Sequence[str]) -> None:
             ) from error
         if jax.process_count() == 1:  # With several, jax now hears SIGTERM, and the next step or evaluation heeds it.
             _hear_sigterm()
+    _check_devices()
     from big_vlm.sharding import mesh as meshes
     from big_vlm.training import run_report, workdirs
     from big_vlm.training import stages as stages_lib
@@ -104,13 +107,29 @@ def run(argv: Sequence[str]) -> None:
         for name, stage in stages.items():
             workdirs.say(f'{name}: {stage.task}, batches of {stage.batch_size}: valid')
         return
-    bundles = stages_lib.run(stages, flags.workdir)
-    if jax.process_index() == 0:
-        report, commands = run_report.make(stages, flags.workdir, bundles, flags.config)
-        for what, command in commands.items():
-            say(f'{what}: {command}')
-        say(f'report: {report}')
-    meshes.wait('report')
+    with workdirs.held(flags.workdir):
+        bundles = stages_lib.run(stages, flags.workdir)
+        if jax.process_index() == 0:
+            report, commands = run_report.make(stages, flags.workdir, bundles, flags.config)
+            for what, command in commands.items():
+                say(f'{what}: {command}')
+            say(f'report: {report}')
+        meshes.wait('report')
+
+
+def _check_devices() -> None:
+    """Raises UserError where jax cannot start, or starts another platform than the one that was asked for first."""
+    import jax
+
+    asked = os.environ.get('JAX_PLATFORMS', '')
+    try:
+        found = jax.default_backend()
+    except RuntimeError as error:
+        raise UserError(f'jax cannot start ({" ".join(str(error).split())}): JAX_PLATFORMS=cpu does without') from error
+    if asked and asked.partition(',')[0] != found and not (found == 'gpu' and asked.startswith(('cuda', 'rocm'))):
+        raise UserError(
+            f'JAX_PLATFORMS={asked}, but jax finds only {found} here: look at its driver, or ask for {found}'
+        )
 
 
 def _compilation_cache() -> None:

@@ -14,7 +14,9 @@ import pytest
 
 from big_vlm import checkpoints
 from big_vlm import config as config_lib
+from big_vlm.config import UserError
 from big_vlm.main import CTRL_C, INTERRUPTED, main
+from big_vlm.training import workdirs
 
 
 @pytest.fixture
@@ -68,6 +70,39 @@ def test_a_bucket_is_no_workdir(call, tmp_path):
     code, lines = call(workdir='gs://bucket/run')
     assert code == 2 and 'gs://bucket/run' in lines[0] and len(lines) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_workdir(call, tmp_path, monkeypatch):
+    """`--workdir=$DIR` of a variable that is not set."""
+    monkeypatch.chdir(tmp_path)
+    code, lines = call(workdir='', config=f'{runs.ROOT}/configs/quickstart.py:smoke')
+    assert code == 2 and '--workdir is empty' in lines[0] and list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_under_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(workdirs, 'WAIT_SECONDS', 0)
+    with workdirs.held(tmp_path / 'run'):
+        with (
+            pytest.raises(UserError, match=r'--workdir=.*run: another run is under way there'),
+            workdirs.held(tmp_path / 'run'),
+        ):
+            raise AssertionError
+    with workdirs.held(tmp_path / 'run'):
+        pass
+
+
+def test_the_devices_that_were_asked_for(call, monkeypatch):
+    """jax passes over a GPU that it does not find."""
+    monkeypatch.setenv('JAX_PLATFORMS', 'cuda,cpu')
+    code, lines = call('--check')
+    assert code == 2 and len(lines) == 1 and 'JAX_PLATFORMS=cuda,cpu, but jax finds only cpu' in lines[0]
+
+    def broken():
+        raise RuntimeError('Unable to initialize backend\n"tpu"')
+
+    monkeypatch.setattr(jax, 'default_backend', broken)
+    code, lines = call('--check')
+    assert code == 2 and len(lines) == 1 and 'jax cannot start (Unable to initialize backend "tpu")' in lines[0]
 
 
 def test_processes_that_find_no_job(call, monkeypatch):

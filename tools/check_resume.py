@@ -1,7 +1,6 @@
 """Proves that a config's run, killed and started again, is the run that was never killed: every loss, every bit."""
 
 import argparse
-import os
 import pathlib
 import sys
 import tempfile
@@ -38,7 +37,6 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument('--devices', type=int, metavar='N', help='go on with N simulated devices (default: those here)')
     result.add_argument(
         '--workdir',
-        type=os.path.expanduser,
         metavar='DIR',
         help='keep both runs there (default: a folder that is removed)',
     )

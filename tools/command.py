@@ -2,14 +2,22 @@
 exit code 2, Ctrl-C 130."""
 
 import argparse
+import os
 import re
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 
 class _Parser(argparse.ArgumentParser):
-    """Its errors are one line, like all others."""
+    """Its errors are one line, like all others; of --flag=~/file, which shells leave as it is, the ~ is the home."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        def expanded(word: str) -> str:
+            flag, equals, value = word.partition('=')
+            return flag + equals + os.path.expanduser(value) if flag.startswith('--') else word
+
+        return super().parse_args([expanded(word) for word in (sys.argv[1:] if args is None else args)], namespace)
 
     def error(self, message: str) -> NoReturn:
         from big_vlm.config import UserError, unknown

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import os
 import pathlib
 import signal
 import subprocess
@@ -53,7 +52,6 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         '--workdir',
         required=True,
-        type=os.path.expanduser,
         metavar='DIR',
         help='of the sweep: each run has a folder in it',
     )

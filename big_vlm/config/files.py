@@ -61,9 +61,9 @@ def call(path: str, function: str, arg: str) -> Any:
     except Exception as error:  # whatever a person's config file raises is about that file
         frames = traceback.extract_tb(error.__traceback__)
         lines = [f.lineno for f in frames if pathlib.Path(f.filename).resolve() == pathlib.Path(path).resolve()]
-        if isinstance(error, SyntaxError):
-            lines = [error.lineno]
         place = f'{path}:{lines[-1]}' if lines else path
+        if isinstance(error, SyntaxError):  # of this file, or of one that it imports
+            place = f'{error.filename}:{error.lineno}'
         kind = '' if isinstance(error, ValueError) else f'{type(error).__name__}: '
         message = error.msg if isinstance(error, SyntaxError) else ' '.join(str(error).split())
         raise UserError(f'{place}: {kind}{message}' + (f' (argument {arg!r})' if arg else '')) from error

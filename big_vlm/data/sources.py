@@ -300,8 +300,9 @@ def _embedded(kind: type, config: str, folder: Path) -> tfds.core.DatasetBuilder
                 builder.on_scene = bar.update
                 try:
                     builder.download_and_prepare()
-                except OSError as error:
-                    raise UserError(f'cannot write to data_dir {folder}: {error.strerror or error}') from error
+                except (OSError, RuntimeError) as error:  # ArrayRecord's own is the latter
+                    why = getattr(error, 'strerror', None) or _first_line(error)
+                    raise UserError(f'cannot write to data_dir {folder}: {why}') from error
     return builder
 
 

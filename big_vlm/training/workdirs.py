@@ -1,23 +1,63 @@
-"""What all of a run's working directory needs: keys of stages in errors, scores by stage, lines to the user."""
+"""What all of a run's working directory needs: a lock, keys of stages in errors, scores by stage, lines to the user."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
 import pathlib
-from collections.abc import Mapping
-from typing import Any
+import time
+from collections.abc import Iterator, Mapping
+from typing import IO, Any
 
 import jax
 
 from big_vlm import config
-from big_vlm.config import Stage, whole_file
+from big_vlm.config import Stage, UserError, whole_file
 
+WAIT_SECONDS = 15  # for a run that is ending
 _SCORES = 'evals.json'
 
 
 def where(stages: Mapping[str, Stage], name: str) -> str:
     """The dotted key of a stage."""
     return 'config' if len(stages) == 1 and name == 'train' else f'config.{name}'
+
+
+@contextlib.contextmanager
+def held(workdir: str | os.PathLike) -> Iterator[None]:
+    """Keeps every other run out of a working directory, where the file system knows locks.
+
+    Raises UserError if one is under way there. What it leaves to end takes seconds, so that long this one waits.
+    """
+    folder, lock = pathlib.Path(workdir), None
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError):  # the run itself tells what cannot be written
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(open(folder / '.lock', 'w'))
+        if lock is not None and not _locked(lock, WAIT_SECONDS):
+            raise UserError(
+                f'--workdir={workdir}: another run is under way there: wait until it has ended, or name another folder'
+            )
+        yield
+
+
+def _locked(file: IO, seconds: float) -> bool:
+    """Whether the file could be locked within so many seconds; true, too, where there are no locks."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.2)
+        except OSError:
+            return True
+        else:
+            return True
 
 
 def scores(folder: pathlib.Path) -> dict[str, Any]:

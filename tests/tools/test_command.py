@@ -3,7 +3,8 @@
 import pytest
 
 from big_vlm import main
-from tools import check_resume, command, sweep
+from tools import command, sweep
+from tools.inspect import __main__ as inspect
 
 
 @pytest.mark.parametrize(
@@ -27,5 +28,5 @@ def test_mistakes_are_one_line(capsys, argv, message):
 
 def test_a_workdir_at_home(monkeypatch):
     monkeypatch.setenv('HOME', '/home/somebody')
-    for parse in (main._flags, sweep.parser().parse_args, check_resume.parser().parse_args):
+    for parse in (main._flags, sweep.parser().parse_args, inspect.parser().parse_args):
         assert parse(['--config=a.py', '--workdir=~/runs/x']).workdir == '/home/somebody/runs/x'

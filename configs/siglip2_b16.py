@@ -30,11 +30,17 @@ SWITCH = 0.8
 def get_config(arg: str = '') -> ConfigDict:
     args = recipe.parse(arg, **OWN)
     pretrain, distill = (siglip_b16.stage(args, TOWERS, image_size=256, vocab_size=256_000) for _ in range(2))
-    examples = pretrain.total.examples
+    examples, there = pretrain.total.examples, along(pretrain, SWITCH)
     pretrain.total.examples = round(SWITCH * examples)
-    pretrain.optimizer.curve = (0.0, SWITCH)
+    pretrain.optimizer.curve = (0.0, there)
     distill.total.examples = examples - pretrain.total.examples
-    distill.optimizer.update(curve=(SWITCH, 1.0), warmup=dict(steps=0))
+    distill.optimizer.update(curve=(there, 1.0), warmup=dict(steps=0))
     distill.model.distill = dict(local=0.25, masked=0.0625, share=0.5)
     distill.init_from = dict(stage='pretrain', fresh=('distill/.*',))
     return recipe.run(args, pretrain=pretrain, distill=distill)
+
+
+def along(stage: ConfigDict, share: float) -> float:
+    """How far along its cosine, which begins after the warmup, a stage is after `share` of its examples."""
+    warmup = stage.optimizer.warmup.steps * stage.batch_size / stage.total.examples
+    return (share - warmup) / (1 - warmup)

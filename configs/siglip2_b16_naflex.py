@@ -28,11 +28,11 @@ def get_config(arg: str = '') -> ConfigDict:
     pretrain, naflex = (
         siglip_b16.stage(args, siglip2_b16.TOWERS, image_size=256, vocab_size=256_000) for _ in range(2)
     )
-    examples = pretrain.total.examples
+    examples, there = pretrain.total.examples, siglip2_b16.along(pretrain, SWITCH)
     pretrain.total.examples = round(SWITCH * examples)
-    pretrain.optimizer.curve = (0.0, SWITCH)
+    pretrain.optimizer.curve = (0.0, there)
     naflex.total.examples = round((1 - SWITCH) * STRETCH * examples)
-    naflex.optimizer.update(curve=(SWITCH, 1.0), warmup=dict(steps=0))
+    naflex.optimizer.update(curve=(there, 1.0), warmup=dict(steps=0))
     naflex.contract = dict(max_patches=recipe.NAFLEX[-1], text_length=64)
     if args['siglip']:
         naflex.init_from = dict(path=recipe.path(args, 'siglip'), fresh=('captioner/.*',))

@@ -47,10 +47,11 @@ def weights(mask: jax.Array, average: str = 'example') -> jax.Array:
     """float32 [B, T]: of each token in the mean of `token_loss`; 0 where it is not supervised. Raises as it does."""
     if average not in ('example', 'token'):
         raise ValueError(f"token_loss: average must be 'example' or 'token', got {average!r}")
+    if average == 'token':  # every one counts the same, whatever it weighs within its example
+        mask = mask > 0
+        return mask / jnp.maximum(jnp.sum(mask), 1).astype(jnp.float32)
     mask = mask.astype(jnp.float32)
     count = jnp.sum(mask, axis=-1, keepdims=True)
-    if average == 'token':
-        return mask / jnp.maximum(jnp.sum(count), 1.0)
     return mask / jnp.maximum(count, 1.0) / jnp.maximum(jnp.sum(count > 0), 1).astype(jnp.float32)
 
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from big_vlm.ops.pair_logits import matmul
+
 Codebook = dict[str, jax.Array]  # embedding float32 [K,D]; ema_w [K,D] and ema_cluster_size [K], whose ratio it is
 _EPSILON = 1e-5  # of the smoothed sizes
 
 
 def nearest(vectors: jax.Array, embedding: jax.Array) -> jax.Array:
     """[…,D] and rows [K,D] → int32 […], the row of the least distance."""
-    products = jnp.einsum('...d,kd->...k', vectors, embedding)
+    products = matmul('...d,kd->...k', vectors, embedding)
     return jnp.argmin(jnp.sum(embedding**2, axis=1) - 2 * products, axis=-1).astype(jnp.int32)
 
 

@@ -16,6 +16,7 @@ from big_vlm.data.contract import Contract
 from big_vlm.models import image_towers, vit
 from big_vlm.models.distillation_head import DistillationHead
 from big_vlm.ops import chunks, distillation, pixels, position_resize
+from big_vlm.ops.pair_logits import matmul
 
 VIEWS = ('global_view', 'local_views')
 _PATCHES = 16  # whose logits exist at once
@@ -144,12 +145,12 @@ class Distillation:
         student, prototypes = self.head.apply({'params': params['distill'][name]}, student)
         target, of_teacher = jax.lax.stop_gradient(self.head.apply({'params': teacher['distill'][name]}, target))
         # The mean of the logits, of which there are too many to exist, is the logits of the mean.
-        mean = of_teacher @ jnp.mean(target, axis=(0, 1))
+        mean = matmul('KD,D->K', of_teacher, jnp.mean(target, axis=(0, 1)))
         target = jnp.broadcast_to(target, student.shape)
 
         def compare(student, target):
-            temperatures = s.temperature, s.teacher_temperature
-            return distillation.cross_entropy(student @ prototypes.T, target @ of_teacher.T, centre, *temperatures)
+            logits = matmul('...D,KD->...K', student, prototypes), matmul('...D,KD->...K', target, of_teacher)
+            return distillation.cross_entropy(*logits, centre, s.temperature, s.teacher_temperature)
 
         loss = jnp.mean(chunks.over_positions(compare, _PATCHES, student, target))
         return loss, s.centre_decay * centre + (1 - s.centre_decay) * mean

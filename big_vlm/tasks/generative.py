@@ -87,8 +87,7 @@ class Generative:
 
     def weight(self, batch: dict[str, jax.Array]) -> jax.Array:
         """float32 []: over how many tokens, or examples, the loss of a batch is a mean."""
-        mask = batch['mask_loss'][:, max(self.contract.image_tokens, 1) :].astype(jnp.float32)
-        tokens = jnp.sum(mask, axis=-1)
+        tokens = jnp.sum(batch['mask_loss'][:, max(self.contract.image_tokens, 1) :] > 0, axis=-1)
         return jnp.sum(tokens if self.average == 'token' else tokens > 0).astype(jnp.float32)
 
     def loss_from_states(

@@ -19,7 +19,7 @@ _BELOW = re.compile(r'(embedding/.*|embedding|pos_embedding|cls|Embed_\d+/embedd
 def factors(decays: Mapping[str, float], shapes: Any, where: str) -> dict[str, np.ndarray]:
     """Path → what multiplies the learning rate of a parameter, broadcastable to it; those of factor 1 are left out.
 
-    With decay d, layer i of L has d^(L-1-i), what comes before the layers (embeddings) d^L, what comes after them 1.
+    With decay d, layer i of L has d^(L-i), what comes before the layers (embeddings) d^(L+1), what comes after them 1.
 
     Args:
       decays: path → d.
@@ -45,8 +45,8 @@ def factors(decays: Mapping[str, float], shapes: Any, where: str) -> dict[str, n
             raise UserError(f'{where}.rules: layer_decay of {path}: it belongs to no stack of layers')
         depth = towers[tower]
         if _STACK.fullmatch(path):
-            rates = decay ** np.arange(depth - 1, -1, -1, dtype=np.float32)
+            rates = decay ** np.arange(depth, 0, -1, dtype=np.float32)
             result[path] = rates.reshape(-1, *[1] * (len(leaves[path].shape) - 1))
         elif _BELOW.fullmatch(path.removeprefix(tower)):
-            result[path] = np.float32(decay**depth)
+            result[path] = np.float32(decay ** (depth + 1))
     return result

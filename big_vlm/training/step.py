@@ -146,7 +146,7 @@ def make_train_step(
 
     Returns:
       The step. Its metrics are float32 scalars, replicated: the task's own, loss, lr (base rate), and the global norms
-      grad_norm (of what is trained, before clipping), update_norm and param_norm.
+      of what is trained: grad_norm (before clipping), update_norm and param_norm.
     """
 
     value_and_grad = _value_and_grad(task, accumulate, info.trainable)
@@ -220,7 +220,7 @@ def _step(
         'lr': info.learning_rate(updates_made(state.opt_state)),
         'grad_norm': grad_norm,
         'update_norm': update_norm,
-        'param_norm': global_norm(new.params),
+        'param_norm': global_norm(_trained(trainable, new.params)),
     }
     metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
     return new, metrics

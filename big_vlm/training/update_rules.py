@@ -8,6 +8,9 @@
 | lion | the sign of an interpolated first moment | arXiv 2302.06675, program 1 |
 | muon | the layers' matrices orthogonalised, all else by adamw | Jordan 2024; arXiv 2502.16982 |
 | sgd | momentum, Nesterov's if asked for | Sutskever et al. 2013, equations 1 to 4 |
+
+Adafactor's rows and columns are the two longest axes of a parameter, if both have 128 (big_vision's: 32) or more; it
+clips a stack of layers as one.
 """
 
 from collections.abc import Callable

@@ -35,6 +35,14 @@ def test_by_hand():
     np.testing.assert_allclose([example, token], [np.log(2) * 3 / 4, np.log(2) * 2 / 3], rtol=1e-6)
 
 
+def test_tokens_count_the_same_whatever_they_weigh_in_their_example():
+    """As those of several answers in a row do, of which each counts the same."""
+    logits, targets, mask = case()
+    weighed = mask * np.array([0.5, 1, 3, 0.25, 1], np.float32)
+    expected, _ = token_loss.token_loss(logits, targets, mask, 'token')
+    np.testing.assert_allclose(token_loss.token_loss(logits, targets, weighed, 'token')[0], expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize('average', ['example', 'token'])
 def test_value_and_gradient(average):
     logits, targets, mask = case()

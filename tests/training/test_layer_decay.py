@@ -27,17 +27,17 @@ def ones():
 
 
 def test_rates_fall_towards_the_first_layer():
-    """With sgd and gradients of 1, the update is the rate."""
+    """With sgd and gradients of 1, the update is the rate. As BEiT has it, the last layer's is below the head's."""
     rules = (('img/.*', ParamRule(layer_decay=0.5)), ('txt/.*', ParamRule(layer_decay=0.1)), ('t', ParamRule()))
     params = ones()
     tx, _ = optimizer.make(Optimizer(name='sgd', b1=0.0, lr=1.0, clip=0.0, schedule='constant', rules=rules), 4, params)
     updates = trees.flat(tx.update(ones(), tx.init(params), params)[0])
     first = {path: [-float(layer.ravel()[0]) for layer in leaf] for path, leaf in updates.items()}
-    assert first['img/Transformer/encoderblock/MlpBlock_0/Dense_0/kernel'] == [0.25, 0.5, 1.0]
-    assert first['img/embedding/kernel'] == [0.125] * 2 and first['img/pos_embedding'] == [0.125]
+    assert first['img/Transformer/encoderblock/MlpBlock_0/Dense_0/kernel'] == [0.125, 0.25, 0.5]
+    assert first['img/embedding/kernel'] == [0.0625] * 2 and first['img/pos_embedding'] == [0.0625]
     assert first['img/Transformer/encoder_norm/scale'] == first['img/head/kernel'] == [1.0, 1.0]
-    np.testing.assert_allclose(first['txt/llm/layers/mlp/linear'], [0.1, 1.0], rtol=1e-6)
-    np.testing.assert_allclose(first['txt/llm/embedder/input_embedding'], [0.01] * 5, rtol=1e-6)
+    np.testing.assert_allclose(first['txt/llm/layers/mlp/linear'], [0.01, 0.1], rtol=1e-6)
+    np.testing.assert_allclose(first['txt/llm/embedder/input_embedding'], [0.001] * 5, rtol=1e-6)
     assert first['txt/llm/final_norm/scale'] == [1.0, 1.0] and first['t'] == [1.0]
 
 

@@ -195,6 +195,7 @@ def test_frozen_parameters_stay_and_do_not_count(tmp_path):
     np.testing.assert_allclose(state.averaged['layer']['bias'], expected, rtol=1e-6)
     assert metrics['update_norm'] == pytest.approx(0.5 * 4)
     assert metrics['grad_norm'] < free['grad_norm']
+    assert metrics['param_norm'] == pytest.approx(np.linalg.norm(state.params['layer']['bias']))
     with Checkpointer(tmp_path) as saver:  # as it was when what is frozen had averages too
         saver.save(1, state.replace(ema=state.params))
         saver.wait()

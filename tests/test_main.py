@@ -79,7 +79,7 @@ def test_no_workdir(call, tmp_path, monkeypatch):
     assert code == 2 and '--workdir is empty' in lines[0] and list(tmp_path.iterdir()) == []
 
 
-def test_a_run_is_under_way(tmp_path, monkeypatch):
+def test_a_run_is_under_way(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(workdirs, 'WAIT_SECONDS', 0)
     with workdirs.held(tmp_path / 'run'):
         with (
@@ -87,6 +87,7 @@ def test_a_run_is_under_way(tmp_path, monkeypatch):
             workdirs.held(tmp_path / 'run'),
         ):
             raise AssertionError
+    assert 'another run is under way there, or about to end: waiting' in capsys.readouterr().out
     with workdirs.held(tmp_path / 'run'):
         pass
 

@@ -16,7 +16,7 @@ import jax
 from big_vlm import config
 from big_vlm.config import Stage, UserError, whole_file
 
-WAIT_SECONDS = 15  # for a run that is ending
+WAIT_SECONDS = 120  # for a run that is ending, or whose host has gone: network file systems take a while to see that
 _SCORES = 'evals.json'
 
 
@@ -29,7 +29,7 @@ def where(stages: Mapping[str, Stage], name: str) -> str:
 def held(workdir: str | os.PathLike) -> Iterator[None]:
     """Keeps every other run out of a working directory, where the file system knows locks.
 
-    Raises UserError if one is under way there. What it leaves to end takes seconds, so that long this one waits.
+    Waits for one that is under way there, and raises UserError if it does not end soon.
     """
     folder, lock = pathlib.Path(workdir), None
     with contextlib.ExitStack() as stack:
@@ -37,6 +37,8 @@ def held(workdir: str | os.PathLike) -> Iterator[None]:
             with contextlib.suppress(OSError):  # the run itself tells what cannot be written
                 folder.mkdir(parents=True, exist_ok=True)
                 lock = stack.enter_context(open(folder / '.lock', 'w'))
+        if lock is not None and not _locked(lock, 0):
+            say(f'{folder}: another run is under way there, or about to end: waiting up to {WAIT_SECONDS} s')
         if lock is not None and not _locked(lock, WAIT_SECONDS):
             raise UserError(
                 f'--workdir={workdir}: another run is under way there: wait until it has ended, or name another folder'

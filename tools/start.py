@@ -5,6 +5,7 @@ installs big_vlm into it when the requirements changed, and hands over to the re
 enough (3.7) for an old Python to reach the message that asks for a newer one.
 """
 
+import contextlib
 import difflib
 import glob
 import hashlib
@@ -25,6 +26,7 @@ JOB_FLAGS = ('config', 'workdir')
 JOB_SWITCHES = ('--check', '--distributed')
 SPREAD = ('-n', 'auto', '--maxprocesses=4')  # the tests, over the cores; `auto` gives way to --pdb
 STAMP = 'big_vlm-installed.json'
+FOREIGN = ('PYTHONPATH', 'PYTHONHOME')  # with them pip and the program take packages of elsewhere for the environment's
 
 HELP = """\
 usage: python tools/start.py job   [--workdir=DIR] [--config=FILE[:arg,key=value]] [--config.KEY=VALUE ...]
@@ -198,33 +200,56 @@ def check_version(python, version):
 VERSION = 'import platform; print(platform.python_version())'
 
 
-def make_environment(venv, python, run):
+@contextlib.contextmanager
+def alone(venv):
+    """Keeps other starts, also those of other hosts, from preparing `venv` meanwhile, where files can be locked."""
+    with contextlib.ExitStack() as stack:
+        try:
+            import fcntl  # which Windows has not
+
+            os.makedirs(os.path.dirname(venv), exist_ok=True)
+            file = stack.enter_context(open(venv + '.lock', 'a'))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f'waiting for another start, which is preparing {venv}')
+                fcntl.flock(file, fcntl.LOCK_EX)
+        except (ImportError, OSError):
+            pass
+        yield
+
+
+def make_environment(venv, python, run, root=ROOT):
     """Makes the virtual environment unless it is there.
 
     Args:
       venv: absolute path of its folder.
       python: the interpreter asked for with --python, or None.
       run: callable(list of str) -> exit status.
+      root: the checkout, whose .venv is ours to make again when its python does not run.
 
     Returns:
       (path of the environment's own python, its version such as '3.12.1')
 
     Raises:
-      Stop: a Python too old, without ensurepip, or not the one the environment was made from.
+      Stop: a Python too old, without ensurepip, or not the one the environment was made from; a folder not ours.
     """
     inside = os.path.join(venv, 'bin', 'python')
     version = ask_python(inside, VERSION)
     if version is not None:
-        check_version(inside, version)
         if python is not None:
             asked = ask_python(python, VERSION)
             check_version(python, asked)
             if asked.split('.')[:2] != version.split('.')[:2]:
                 raise Stop(f'{venv} holds Python {version}, not {asked}: remove it or name another with --venv')
+        check_version(inside, version)
         return inside, version
 
-    if os.path.isdir(venv) and os.listdir(venv) and not os.path.exists(os.path.join(venv, 'pyvenv.cfg')):
-        raise Stop(f'{venv} is a folder of something else: name another with --venv')
+    if os.path.isdir(venv) and os.listdir(venv):
+        if not os.path.exists(os.path.join(venv, 'pyvenv.cfg')):
+            raise Stop(f'{venv} is a folder of something else: name another with --venv')
+        if venv != os.path.join(root, '.venv') and not os.path.exists(os.path.join(venv, STAMP)):
+            raise Stop(f'the Python of {venv} does not run: remove that environment or name another with --venv')
     base = python or sys.executable
     check_version(base, ask_python(base, VERSION))
     if ask_python(base, 'import ensurepip, venv') is None:
@@ -272,7 +297,7 @@ def install(venv, inside, version, extras, run, root=ROOT):
       True if it installed something.
 
     Raises:
-      Stop: pip failed.
+      Stop: pip failed, or could not be had.
     """
     stamp, wanted = read_stamp(venv), fingerprint(root, version)
     if stamp.get('fingerprint') == wanted and set(extras) <= set(stamp['extras']):
@@ -287,6 +312,11 @@ def install(venv, inside, version, extras, run, root=ROOT):
     path = os.path.join(venv, STAMP)
     if os.path.exists(path):
         os.remove(path)
+    # Made without pip, as uv does, or cut off while it came: its list of files is written last.
+    if not glob.glob(os.path.join(glob.escape(venv), 'lib', '*', 'site-packages', 'pip-*.dist-info', 'RECORD')):
+        say(f'installing pip into {venv}')
+        if run([inside, '-m', 'ensurepip', '--upgrade']):
+            raise Stop(f'{venv} has no pip and cannot install it (see above): remove it or name another with --venv')
     say(f'installing big_vlm and what it needs into {venv} (a few minutes the first time)')
     began = time.time()
     pip = [inside, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', '--no-input']
@@ -342,7 +372,11 @@ def program_command(request, inside, here, root):
 
 
 def program_environment(request, accelerator, environ):
-    """The environment of the program: an accelerator that was chosen and cannot start is an error, not a slow CPU."""
+    """The environment variables of the program.
+
+    JAX_PLATFORMS begins with the accelerator that was chosen: where that cannot start, jax goes on with the next, in
+    silence if no such device is there, and then big_vlm.main refuses the slow CPU.
+    """
     environ = dict(environ)
     chosen = request.command == 'job' or 'accelerator' in request.flags
     if chosen and not environ.get('JAX_PLATFORMS'):
@@ -358,20 +392,23 @@ def start(argv, run=subprocess.call, replace=os.execve, environ=None, here=None,
       argv: the command line without the program's name.
       run: callable(list of str) -> exit status; for the steps before the program.
       replace: callable(path, argv, environ) that becomes the program, as os.execve does.
-      environ: environment variables; None takes the process's.
+      environ: environment variables, which lose FOREIGN; None takes the process's.
       here: the folder relative paths are seen from; None takes the current one.
       root: the checkout.
 
     Returns:
       An exit status; 0 after help, 2 after a mistake on the command line or a step that failed.
     """
-    environ = os.environ if environ is None else environ
-    here = os.getcwd() if here is None else here
     try:
+        environ = os.environ if environ is None else environ
+        here = os.getcwd() if here is None else here
         request = parse(argv)
         if request is None:
             print(HELP, end='')
             return 0
+        for name in FOREIGN:  # taken from this process, so from all that it starts
+            if environ.pop(name, None):
+                say(f'leaving {name} out: only the packages of the environment count')
         accelerator = request.flags.get('accelerator')
         if accelerator is None:
             accelerator = detect_accelerator(environ) if request.command == 'job' else 'cpu'
@@ -379,16 +416,17 @@ def start(argv, run=subprocess.call, replace=os.execve, environ=None, here=None,
         venv = absolute(request.flags['venv'], here) if 'venv' in request.flags else os.path.join(root, '.venv')
         # A mistaken config is told before minutes of installing.
         program_command(request, 'python', here, root)
-        inside, version = make_environment(venv, request.flags.get('python'), run)
-        if not install(venv, inside, version, extras, run, root):
-            say(f'using {venv} (Python {version}, nothing to install)')
+        with alone(venv):
+            inside, version = make_environment(venv, request.flags.get('python'), run, root)
+            if not install(venv, inside, version, extras, run, root):
+                say(f'using {venv} (Python {version}, nothing to install)')
         command = program_command(request, inside, here, root)
         say('running {} on {}: {}'.format(request.command, accelerator, ' '.join(command)))
         sys.stdout.flush()
         os.chdir(root)
         return replace(inside, command, program_environment(request, accelerator, environ)) or 0
-    except Stop as stop:
-        print('start: ' + str(stop), file=sys.stderr)
+    except (Stop, OSError) as error:
+        print('start: ' + str(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print('start: interrupted', file=sys.stderr)

@@ -1,6 +1,8 @@
 """The starter: what it decides, shown with a fake runner. CI proves the real installation by using it."""
 
 import ast
+import errno
+import fcntl
 import importlib.util
 import json
 import os
@@ -35,11 +37,17 @@ def checkout(tmp_path):
 
 
 def environment(path):
-    """A virtual environment as far as the starter looks: a python that runs."""
+    """A virtual environment as far as the starter looks: a python that runs, and the last file of pip."""
     (path / 'bin').mkdir(parents=True)
     os.symlink(sys.executable, path / 'bin' / 'python')
     (path / 'pyvenv.cfg').write_text('')
+    record(path).parent.mkdir(parents=True)
+    record(path).write_text('')
     return path
+
+
+def record(venv):
+    return venv / 'lib/python3.11/site-packages/pip-1.0.dist-info/RECORD'
 
 
 class Fake:
@@ -68,9 +76,8 @@ def launch(starter, checkout, tmp_path, monkeypatch):
         fake = Fake(statuses)
         here = os.getcwd()
         try:
-            status = starter.start(
-                list(argv), run=fake.run, replace=fake.replace, environ=environ or {}, here=here, root=str(checkout)
-            )
+            environ = {} if environ is None else environ
+            status = starter.start(list(argv), fake.run, fake.replace, environ, here, str(checkout))
         finally:
             os.chdir(here)
         return status, fake
@@ -171,6 +178,80 @@ def test_a_damaged_stamp_is_an_absent_one(launch, checkout, starter):
         assert len(launch('job', '--accelerator=cpu')[1].ran) == 1
 
 
+def test_a_pip_that_is_missing_or_was_cut_off_is_installed_first(launch, checkout, capsys):
+    venv = checkout / '.venv'
+    inside = str(venv / 'bin/python')
+    record(venv).unlink()  # the rest may be there: `import pip` works long before `python -m pip`
+    status, fake = launch('job', '--accelerator=cpu', statuses=[1])
+    assert (status, fake.ran) == (2, [[inside, '-m', 'ensurepip', '--upgrade']])
+    assert f'start: {venv} has no pip' in capsys.readouterr().err
+    status, fake = launch('job', '--accelerator=cpu')
+    assert status == 0 and [argv[2] for argv in fake.ran] == ['ensurepip', 'pip']
+
+
+def test_a_start_waits_for_another_that_prepares_the_same_environment(launch, checkout, starter, monkeypatch):
+    lock = open(checkout / '.venv.lock', 'a')
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    said = []
+
+    def say(text):
+        said.append(text)
+        if 'waiting' in text:  # the other one is done now
+            version = starter.ask_python(sys.executable, starter.VERSION)
+            stamp = {'fingerprint': starter.fingerprint(str(checkout), version), 'extras': []}
+            (checkout / '.venv' / starter.STAMP).write_text(json.dumps(stamp))
+            lock.close()
+
+    monkeypatch.setattr(starter, 'say', say)
+    status, fake = launch('job', '--accelerator=cpu')
+    assert status == 0 and said[0] == f'waiting for another start, which is preparing {checkout}/.venv'
+    assert fake.ran == [], 'it has looked before the other one was done'
+
+
+def test_the_lock_is_held_while_installing(starter, checkout):
+    def run(argv):
+        with open(checkout / '.venv.lock') as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return 1
+
+    environment(checkout / '.venv')
+    assert starter.start(['tests'], run, None, {}, str(checkout), str(checkout)) == 2
+
+
+def test_a_file_system_without_locks_will_do(launch, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, 'No locks available')
+
+    monkeypatch.setattr(fcntl, 'flock', flock)
+    status, fake = launch('job', '--accelerator=cpu')
+    assert status == 0 and len(fake.ran) == 1
+
+
+def test_packages_of_elsewhere_reach_neither_pip_nor_the_program(starter, checkout, monkeypatch, capsys):
+    environment(checkout / '.venv')
+    monkeypatch.setenv('PYTHONPATH', '/elsewhere/site-packages')
+    monkeypatch.setenv('PYTHONHOME', '/elsewhere')
+    monkeypatch.chdir(checkout)
+    seen = []
+
+    def run(argv):
+        seen.append([name for name in os.environ if name in starter.FOREIGN])
+        return 0
+
+    assert starter.start(['tests'], run, lambda path, argv, environ: seen.append(environ), root=str(checkout)) == 0
+    nothing, environ = seen
+    assert nothing == [] and environ == dict(os.environ)
+    assert 'leaving PYTHONPATH out' in capsys.readouterr().out
+
+
+def test_what_the_system_refuses_is_one_line(launch, checkout, starter, capsys):
+    (checkout / '.venv' / starter.STAMP).mkdir()  # os.remove fails
+    status, fake = launch('job', '--accelerator=cpu')
+    assert status == 2 and fake.became is None
+    err = capsys.readouterr().err
+    assert err.startswith('start: [Errno ') and starter.STAMP in err and err.count('\n') == 1
+
+
 def test_the_fingerprint_tells_python_versions_and_checkouts_apart(starter, checkout):
     one = starter.fingerprint(str(checkout), '3.11.7')
     assert one == starter.fingerprint(str(checkout), '3.11.7')
@@ -222,11 +303,33 @@ def test_no_python_at_all(starter, tmp_path):
         starter.make_environment(str(tmp_path / 'venv'), str(tmp_path / 'nothing'), Fake().run)
 
 
-def test_an_environment_of_another_python_is_not_mixed(starter, tmp_path):
-    venv = environment(tmp_path / 'venv')
+@pytest.mark.parametrize('version', ['3.10.13', '3.98.0'])
+def test_an_environment_of_another_python_is_not_mixed(starter, tmp_path, version):
+    (tmp_path / 'bin').mkdir()
+    python_that(tmp_path / 'bin', 'python', version)
     other = python_that(tmp_path, 'newer-python', '3.99.0')
-    with pytest.raises(starter.Stop, match=r'holds Python .*, not 3\.99\.0'):
-        starter.make_environment(str(venv), other, Fake().run)
+    with pytest.raises(starter.Stop, match=rf'holds Python {version}, not 3\.99\.0: remove it'):
+        starter.make_environment(str(tmp_path), other, Fake().run)
+
+
+def test_only_an_environment_of_ours_is_made_again(starter, tmp_path):
+    """One whose python does not run now, such as after an update of the system."""
+    venv = environment(tmp_path / 'mine')
+    (venv / 'bin/python').unlink()
+    cleared = [sys.executable, '-m', 'venv', '--clear', str(venv)]
+    fake = Fake([1, 1])
+    with pytest.raises(starter.Stop, match='the Python of .*/mine does not run: remove'):
+        starter.make_environment(str(venv), sys.executable, fake.run, str(tmp_path))
+    assert fake.ran == []
+    (venv / starter.STAMP).write_text('')
+    with pytest.raises(starter.Stop, match='could not make'):
+        starter.make_environment(str(venv), sys.executable, fake.run, str(tmp_path))
+    assert fake.ran == [cleared]
+    (venv / starter.STAMP).unlink()
+    venv = venv.rename(tmp_path / '.venv')
+    with pytest.raises(starter.Stop, match='could not make'):
+        starter.make_environment(str(venv), sys.executable, fake.run, str(tmp_path))
+    assert fake.ran[1:] == [[*cleared[:-1], str(venv)]]
 
 
 def test_a_folder_of_something_else_is_left_alone(starter, tmp_path):

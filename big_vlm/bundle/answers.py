@@ -119,7 +119,7 @@ class Answering:
         """Of the first request alone, each as soon as it is there."""
         settings = self.settings
         width = power_of_two(settings.max_new_tokens)
-        ends = dict(max_new_tokens=width, eos_id=self.contract.eos_id, pad_id=self.contract.pad_id)
+        ends = dict(max_new_tokens=width, eos_id=self.contract.ends, pad_id=self.contract.pad_id)
         run = self.bundle._once(('stream', width), lambda: make_stream(self.bundle.task.predict, **ends))
         request = next(self._requests(), None)
         if request is None:
@@ -165,7 +165,7 @@ class Answering:
         """One batch after the other."""
         settings, requests = self.settings, self._requests()
         width = power_of_two(settings.max_new_tokens)  # few widths, few compilations
-        ends = dict(max_new_tokens=width, eos_id=self.contract.eos_id, pad_id=self.contract.pad_id)
+        ends = dict(max_new_tokens=width, eos_id=self.contract.ends, pad_id=self.contract.pad_id)
         predict, how = self.bundle.task.predict, self._how()
         if settings.beams > 1:
             key = ('beams', settings.beams, width)
@@ -199,7 +199,7 @@ class Answering:
                 slots=slots,
                 cache_size=size,
                 max_new_tokens=width,
-                eos_id=self.contract.eos_id,
+                eos_id=self.contract.ends,
                 pad_id=self.contract.pad_id,
                 together=shards,
                 prompt_lookup=settings.prompt_lookup,
@@ -255,7 +255,7 @@ class Answering:
 
     def text(self, ids: list[int]) -> str:
         """What tokens of an answer spell."""
-        return self.bundle.tokenizer.decode([i for i in ids if i != self.contract.eos_id])
+        return self.bundle.tokenizer.decode([i for i in ids if i not in self.contract.ends])
 
     def _cut(self, ids: list[int]) -> int | None:
         """How many tokens it takes until a stop string is there."""

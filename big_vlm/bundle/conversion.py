@@ -177,7 +177,8 @@ def open_model(source: str | os.PathLike) -> tuple[Pretrained, str]:
     shapes = trees.flat(tasks.model_weights(shapes))  # what was trained beside the model is left behind
     sections = dataclasses.replace(stage.model, captioner=config.Captioner(), distill=config.Distillation())
     lazy = LazyWeights(shapes, read, str(path))
-    model = Pretrained(family_of(stage), sections, stage.contract, contract.vocab_size, lazy, path / 'tokenizer.model')
+    own = path / 'tokenizer.model', '', contract.end_ids
+    model = Pretrained(family_of(stage), sections, stage.contract, contract.vocab_size, lazy, *own)
     return model.check(), 'bundle'
 
 

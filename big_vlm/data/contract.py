@@ -25,6 +25,7 @@ class Contract:
     image_tokens: image slots of a generative row, of all its images (0 for dual encoders and decoders alone).
     vocab_size: ids the tokenizer knows, location and segmentation tokens included.
     softcap: tanh cap of the decoder's output logits, 0 for none.
+    end_ids: further ids that end an answer as eos does, such as <end_of_turn>; only generation knows them.
     max_patches, patch_size: pictures at their own aspect ratio, as so many patches of so many pixels a side (NaFlex);
       0 and 0 for squares.
     """
@@ -45,6 +46,7 @@ class Contract:
     eos_id: int
     tokenizer_sha256: str
     softcap: float = 0.0
+    end_ids: tuple[int, ...] = ()
     image_alone: bool = False
     causal_prompt: bool = False
     images: int = 1
@@ -78,6 +80,11 @@ class Contract:
             softcap=softcap,
             patch_size=patch_size,
         )
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """All ids that end an answer."""
+        return self.eos_id, *self.end_ids
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

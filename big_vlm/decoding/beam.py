@@ -17,7 +17,7 @@ import numpy as np
 
 from big_vlm.config import UserError
 from big_vlm.decoding.generate import Generation, check_limit, check_width
-from big_vlm.decoding.step import Batch, Processor
+from big_vlm.decoding.step import Batch, Ends, Processor, ends
 
 _NONE = -1e30  # the score of what does not exist: below all, and finite, so that differences are numbers
 
@@ -39,7 +39,7 @@ def make_beam_search(
     *,
     beams: int,
     max_new_tokens: int,
-    eos_id: int,
+    eos_id: Ends,
     pad_id: int = 0,
     cache_size: int = 0,
 ) -> Callable[..., Generation]:
@@ -64,15 +64,17 @@ def make_beam_search(
         """
         vocabulary = changed.shape[-1]
         totals = jnp.maximum(beams_.total[:, :, None] + changed, _NONE)
-        total, flat = jax.lax.top_k(totals.reshape(len(totals), -1), min(2 * beams, beams * vocabulary))
+        kept = min(1 + np.size(eos_id), vocabulary) * beams
+        total, flat = jax.lax.top_k(totals.reshape(len(totals), -1), kept)
         parent, token = flat // vocabulary, (flat % vocabulary).astype(jnp.int32)
         own = jax.vmap(lambda row, i: row.reshape(-1)[i])(log_probs, flat)
         grown = beams_.take(parent)
         grown = _Beams(total, grown.ids.at[:, :, step].set(token), grown.log_probs.at[:, :, step].set(own))
-        # Of the 2K likeliest, K at least go on. An end counts among the first K; at the limit, all end.
-        _, order = jax.lax.top_k(jnp.where(token == eos_id, 2 * _NONE, total), beams)
-        ends = jnp.where(token == eos_id, jnp.arange(token.shape[1]) < beams, step + 1 >= limit)
-        ranked = jnp.where(ends & (total > _NONE), total / (step + 1.0) ** length_penalty, 2 * _NONE)
+        # K at least go on, if each beam ends in every way. An end counts among the first K; at the limit, all end.
+        end = ends(token, eos_id)
+        _, order = jax.lax.top_k(jnp.where(end, 2 * _NONE, total), beams)
+        ended = jnp.where(end, jnp.arange(token.shape[1]) < beams, step + 1 >= limit)
+        ranked = jnp.where(ended & (total > _NONE), total / (step + 1.0) ** length_penalty, 2 * _NONE)
         first = jnp.argmax(ranked, axis=1)[:, None]
         candidate, found = jnp.take_along_axis(ranked, first, 1)[:, 0], grown.take(first)
         better = candidate > best[0]

@@ -23,7 +23,7 @@ import numpy as np
 from big_vlm.config import UserError
 from big_vlm.decoding.prompt_lookup import make_step
 from big_vlm.decoding.samplers import Greedy
-from big_vlm.decoding.step import Batch, How, Processor, Rows, Sampler, Step
+from big_vlm.decoding.step import Batch, Ends, How, Processor, Rows, Sampler, Step
 
 GREEDY = Greedy()
 
@@ -72,7 +72,7 @@ def make_generate(
     predict: Mapping[str, Callable],
     *,
     max_new_tokens: int,
-    eos_id: int,
+    eos_id: Ends,
     pad_id: int = 0,
     cache_size: int = 0,
     prompt_lookup: int = 0,
@@ -84,6 +84,7 @@ def make_generate(
       Rows with `_mask` False are padding and come back empty. `id` int32 [B, 2] seeds each row's draws; without it the
       row's number does.
     limit: stop after so many tokens, at most `max_new_tokens` (M, the width of what comes back); one, or one a row.
+    eos_id: ends a row, and is its last token; several do so alike.
     cache_size: slots of the cache, 0 for as many as the longest row can need (T + M).
     prompt_lookup: tokens guessed at once, see `decoding.prompt_lookup`; 0 for none.
 
@@ -127,7 +128,7 @@ def make_stream(
     predict: Mapping[str, Callable],
     *,
     max_new_tokens: int,
-    eos_id: int,
+    eos_id: Ends,
     pad_id: int = 0,
     cache_size: int = 0,
 ) -> Callable[..., Iterator[Token]]:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from big_vlm.config import UserError
 from big_vlm.decoding.samplers import Greedy
-from big_vlm.decoding.step import Batch, How, Rows, Step, log_prob_of
+from big_vlm.decoding.step import Batch, Ends, How, Rows, Step, ends, log_prob_of
 
 _NGRAM = 3  # tokens that are looked up
 
@@ -102,7 +102,7 @@ class LookupStep(Step):
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         column = jnp.arange(self.drafts + 1)
         # A token counts if all tokens that it was computed from do.
-        fails = jnp.cumsum((guess != token[:, :-1]) | (token[:, :-1] == self.eos_id), axis=1)
+        fails = jnp.cumsum((guess != token[:, :-1]) | ends(token[:, :-1], self.eos_id), axis=1)
         live = jnp.pad(fails, ((0, 0), (1, 0))) == 0
         live &= (rows.step[:, None] + column < rows.limit[:, None]) & ~rows.done[:, None]
         count = jnp.sum(live, axis=1)
@@ -113,13 +113,13 @@ class LookupStep(Step):
             token=jnp.where(live, token, self.pad_id),
             log_prob=jnp.where(live, jax.vmap(log_prob_of)(logits, token), 0.0),
             live=live,
-            done=rows.done | jnp.any(live & (token == self.eos_id), axis=1) | (step >= rows.limit),
+            done=rows.done | jnp.any(live & ends(token, self.eos_id), axis=1) | (step >= rows.limit),
             cache=self.predict['rewind'](cache, self.drafts + 1 - count),
             history=history.add(token, live),
         )
 
 
-def make_step(predict: Mapping[str, Callable], eos_id: int, pad_id: int, drafts: int) -> Step:
+def make_step(predict: Mapping[str, Callable], eos_id: Ends, pad_id: int, drafts: int) -> Step:
     """A token at a time if `drafts` is 0, else the guesses of so many checked at once. Raises UserError below 0."""
     if drafts < 0:
         raise UserError(f'prompt_lookup {drafts}: must be 0 (off) or the tokens of a guess')

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from big_vlm.config import UserError
 from big_vlm.decoding.generate import GREEDY, Generation, check_width
 from big_vlm.decoding.prompt_lookup import make_step
-from big_vlm.decoding.step import Batch, How, Processor, Rows, Sampler
+from big_vlm.decoding.step import Batch, Ends, How, Processor, Rows, Sampler
 
 _CUT_EVERY = 8  # steps between two looks at what is said, where a host's function may end a row
 
@@ -40,7 +40,7 @@ def make_scheduler(
     slots: int,
     cache_size: int,
     max_new_tokens: int,
-    eos_id: int,
+    eos_id: Ends,
     pad_id: int = 0,
     together: int = 1,
     prompt_lookup: int = 0,

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 Batch = Mapping[str, Any]
 Sampler = Callable[[jax.Array, jax.Array], jax.Array]
+Ends = int | tuple[int, ...]  # the id that ends a row, or all that do
 
 
 class Processor(Protocol):
@@ -68,12 +69,17 @@ def log_prob_of(logits: jax.Array, token: jax.Array) -> jax.Array:
     return jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32)), token[:, None], axis=-1)[:, 0]
 
 
+def ends(token: jax.Array, eos_id: Ends) -> jax.Array:
+    """Which tokens end their row: bool, of `token`'s shape."""
+    return jnp.isin(token, jnp.asarray(eos_id, jnp.int32))
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
     """`predict`: prefill and decode_step, as `decoding.generate` says. A row ends with `eos_id`; `pad_id` follows."""
 
     predict: Mapping[str, Callable]
-    eos_id: int
+    eos_id: Ends
     pad_id: int
 
     def first(self, params: Any, batch: Batch, limit: jax.Array, cache_size: int, how: How) -> Rows:
@@ -112,6 +118,6 @@ class Step:
             token=jnp.where(live, token, self.pad_id)[:, None],
             log_prob=jnp.where(live, log_prob_of(logits, token), 0.0)[:, None],
             live=live[:, None],
-            done=rows.done | (token == self.eos_id) | (step >= rows.limit),
+            done=rows.done | ends(token, self.eos_id) | (step >= rows.limit),
             processors=tuple(processor.advance(state, token) for processor, state in states),
         )

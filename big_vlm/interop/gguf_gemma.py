@@ -83,7 +83,9 @@ def read(file: pathlib.Path) -> Pretrained:
     check_names(rows.their_shapes(table, ours), weights.shapes, str(file), f'the {architecture} that it describes')
     # Made when it is asked for: that takes seconds, and weights alone don't need it.
     tokenizer = functools.partial(gguf_tokenizer.read, said, tokens, str(file))
-    return Pretrained(family, model, settings, tokens, rows.to_ours(table, ours, _norms(weights, -1)), tokenizer)
+    ends = gguf_tokenizer.end_ids(said, str(file))
+    ours_of_theirs = rows.to_ours(table, ours, _norms(weights, -1))
+    return Pretrained(family, model, settings, tokens, ours_of_theirs, tokenizer, end_ids=ends)
 
 
 def write(
@@ -127,7 +129,8 @@ def write(
     alone = model.weights.renamed({name: name for name in shapes})
     sizes = gemma.Gemma(**dataclasses.asdict(ours)).sizes
     table = _table(family, sizes['num_heads'], sizes['num_kv_heads'])
-    said |= {'general.type': 'model', 'general.name': file.stem} | gguf_tokenizer.describe(tokenizer, model.vocab_size)
+    said |= {'general.type': 'model', 'general.name': file.stem}
+    said |= gguf_tokenizer.describe(tokenizer, model.vocab_size, model.further_ends(tokenizer))
     gguf_files.write(file, architecture, said, _norms(rows.to_theirs(table, alone), 1), precision, done)
 
 

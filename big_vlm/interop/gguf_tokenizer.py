@@ -6,7 +6,7 @@ as user-defined ones, and rows of padding are named as its converter names them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,16 @@ from big_vlm.data.tokenizer import CONTROL, UNKNOWN, UNUSED, USER_DEFINED, Token
 _KEY = 'tokenizer.ggml.'
 _ADDED, _PADDING = -1000.0, -10_000.0  # scores, as llama.cpp's converter gives them: no text is merged into these
 _IDS = {'pad': 'padding', 'eos': 'eos', 'bos': 'bos', 'unk': 'unknown'}  # SentencePiece's → theirs
+_ENDS = ('eos_token_id', 'eot_token_id', 'eos_token_ids')
+_EOS, _END_OF_TURN = b'<eos>', b'<end_of_turn>'
 _LOCATIONS = [f'<loc{i:04d}>'.encode() for i in range(NUM_LOCATIONS)]
 _LOCATIONS += [f'<seg{i:03d}>'.encode() for i in range(NUM_SEGMENTS)]
 _NONE = np.zeros(0)
 
 
-def describe(tokenizer: Tokenizer, count: int) -> dict[str, Any]:
-    """What a file says of a tokenizer whose token table has `count` rows; the inverse of `read`.
+def describe(tokenizer: Tokenizer, count: int, end_ids: Sequence[int] = ()) -> dict[str, Any]:
+    """What a file says of a tokenizer whose token table has `count` rows, and of the ids that end an answer beside its
+    eos; the inverse of `read` and `end_ids`.
 
     Raises UserError for a tokenizer that is not of Gemma's kind.
     """
@@ -44,6 +47,8 @@ def describe(tokenizer: Tokenizer, count: int) -> dict[str, Any]:
         'add_space_prefix': False,
     }
     said |= {f'{name}_token_id': i for name, i in ids.items()}
+    if end_ids:  # llama.cpp knows one of them, its end of a turn
+        said |= {'eot_token_id': end_ids[0], 'eos_token_ids': [tokenizer.eos_id, *end_ids]}
     # llama.cpp writes the spaces of user-defined pieces as spaces, and of no others.
     said['tokens'] = [
         text.replace('▁', ' ') if kind == USER_DEFINED else text for text, kind in zip(texts, kinds, strict=True)
@@ -75,6 +80,8 @@ def read(said: Mapping[str, Any], count: int, where: str) -> Tokenizer | None:
         )
     pieces = pieces[: _own(pieces, kinds)]
     ids = {name: said.get(f'{_KEY}{theirs}_token_id', -1) for name, theirs in _IDS.items()}
+    if _EOS in pieces:  # files of instruction-tuned models name the end of a turn, which prompts have to spell
+        ids['eos'] = pieces.index(_EOS)
     if outside := [name for name, i in ids.items() if not 0 <= i < len(pieces)]:
         raise UserError(f'{where}: no id of {", ".join(outside)} among the {len(pieces):,} pieces')
     # SentencePiece never finds a control piece in a text, and '<start_of_turn>' is to be found. What no text may spell
@@ -88,6 +95,21 @@ def read(said: Mapping[str, Any], count: int, where: str) -> Tokenizer | None:
         for piece, kind in zip(pieces, kinds, strict=True)
     )
     return Tokenizer.from_pieces(zip(texts, scores.tolist(), kinds, strict=False), ids, where)
+
+
+def end_ids(said: Mapping[str, Any], where: str) -> tuple[int, ...]:
+    """All ids that end an answer, as a file says and as llama.cpp knows the end of a turn: by its name.
+
+    Raises UserError for what is no id.
+    """
+    ids = [np.ravel(said[_KEY + key]) for key in _ENDS if _KEY + key in said]
+    if not all(np.issubdtype(some.dtype, np.integer) for some in ids):
+        raise UserError(f'{where}: its {", ".join(_ENDS)} are no ids: the file is damaged')
+    found = [int(i) for some in ids for i in some]
+    pieces = said.get(_KEY + 'tokens')
+    if isinstance(pieces, list) and _END_OF_TURN in pieces:
+        found.append(pieces.index(_END_OF_TURN))
+    return tuple(dict.fromkeys(found))
 
 
 def _own(pieces: list[bytes], kinds: np.ndarray) -> int:

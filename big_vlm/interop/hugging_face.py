@@ -81,6 +81,7 @@ def read(folder: pathlib.Path) -> Pretrained:
         rows.to_ours(table, ours, theirs),
         hugging_face_tokenizer.find_tokenizer(folder),
         settings.decoder_of,
+        settings.end_ids,
     )
 
 

@@ -28,6 +28,7 @@ _VISION = {
 # Their key → the values under which our models compute the same.
 _ENCODER_FIXED = {'hidden_act': ('gelu_pytorch_tanh',), 'layer_norm_eps': (1e-6,)}
 _NAFLEX_FIXED = {'num_patches': (naflex_vit.POSITIONS**2,)}  # of the position embedding, not of a picture
+GENERATION = 'generation_config.json'
 PALIGEMMA_DECODERS = ('gemma', 'gemma2')  # those of PaliGemma 1 and 2
 
 
@@ -35,7 +36,7 @@ PALIGEMMA_DECODERS = ('gemma', 'gemma2')  # those of PaliGemma 1 and 2
 class Settings:
     """A folder's model: `vocab_size` rows of the `table_rows` of its token table are tokens, the others padding.
 
-    `decoder_of`: the model_type whose decoder alone this is, if it is a part.
+    `decoder_of`: the model_type whose decoder alone this is, if it is a part. `end_ids`: that end an answer.
     """
 
     family: str
@@ -44,6 +45,7 @@ class Settings:
     vocab_size: int
     table_rows: int
     decoder_of: str = ''
+    end_ids: tuple[int, ...] = ()
 
 
 def read(folder: pathlib.Path) -> Settings:
@@ -63,7 +65,8 @@ def read(folder: pathlib.Path) -> Settings:
     if settings.family not in pretrained.DECODERS:
         patch = vit.decode_variant(settings.model.image.variant)['patch_size']
         contract = hugging_face_processor.read(folder, contract, patch)
-    return dataclasses.replace(settings, contract=dataclasses.replace(contract, **_text(folder, settings.family)))
+    contract = dataclasses.replace(contract, **_text(folder, settings.family))
+    return dataclasses.replace(settings, contract=contract, end_ids=_end_ids(folder, settings.family, content))
 
 
 def _siglip(content: Mapping[str, Any], where: pathlib.Path) -> Settings:
@@ -134,6 +137,19 @@ def _text(folder: pathlib.Path, family: str) -> dict[str, bool]:
     return {field: content[key] for field, key in keys.items() if isinstance(content.get(key), bool)}
 
 
+def _end_ids(folder: pathlib.Path, family: str, content: Mapping[str, Any]) -> tuple[int, ...]:
+    """With which transformers ends an answer: as generation_config.json says, else config.json."""
+    if family in pretrained.TOWERS:
+        return ()
+    file = folder / GENERATION
+    places = read_json(file) if file.is_file() else {}, content, content.get('text_config') or {}
+    said = next((place['eos_token_id'] for place in places if place.get('eos_token_id') is not None), [])
+    ids = said if isinstance(said, list) else [said]
+    if not all(type(i) is int for i in ids):
+        raise UserError(f'{folder}: eos_token_id is {said!r}: must be an id or a list of ids')
+    return tuple(ids)
+
+
 def describe(model: Pretrained, contract: Contract | None) -> dict[str, dict[str, Any]]:
     """File name → content of the JSON files of a folder, all but the tokenizer's.
 
@@ -146,11 +162,13 @@ def describe(model: Pretrained, contract: Contract | None) -> dict[str, dict[str
     dtype = functools.reduce(jnp.promote_types, (leaf.dtype for leaf in model.weights.shapes.values())).name
     ids = {}
     if contract is not None:
-        ids = {'pad_token_id': contract.pad_id, 'eos_token_id': contract.eos_id}
+        ends = list(contract.ends) if contract.end_ids else contract.eos_id
+        ids = {'pad_token_id': contract.pad_id, 'eos_token_id': ends}
         ids['bos_token_id'] = contract.bos_id if contract.bos_id >= 0 else None
     head = {'dtype': dtype}
+    generation = {GENERATION: ids} if ids else {}
     if model.family in pretrained.DECODERS:
-        return {'config.json': head | hugging_face_decoder.describe(model, model.vocab_size) | ids}
+        return {'config.json': head | hugging_face_decoder.describe(model, model.vocab_size) | ids} | generation
     vision = their_sizes(_VISION, vit.resolve(image.variant, **_given(image)))
     patch = vit.decode_variant(image.variant)['patch_size']
     if model.family == 'siglip2':
@@ -179,7 +197,7 @@ def describe(model: Pretrained, contract: Contract | None) -> dict[str, dict[str
     content |= {'hidden_size': width, 'projection_dim': width, 'tie_word_embeddings': True}
     content |= {'text_config': text, 'vision_config': vision}
     processor = hugging_face_processor.describe(settings, 'PaliGemmaProcessor', patch) | {'image_seq_length': tokens}
-    return {'config.json': content, 'preprocessor_config.json': processor}
+    return {'config.json': content, 'preprocessor_config.json': processor} | generation
 
 
 def _given(tower: config.TextTower | config.ImageTower) -> dict[str, int]:

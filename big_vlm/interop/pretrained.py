@@ -47,6 +47,7 @@ class Pretrained:
       weights: under our names: 'img/…', 'txt/…', 'llm/…', 't', 'b'.
       tokenizer: what came with it: a SentencePiece file, a tokenizer, a function that makes one, or None.
       decoder_of: the kind of model whose decoder alone was read; '': this is all of it.
+      end_ids: that end an answer, eos among them or not.
     """
 
     family: str
@@ -56,6 +57,7 @@ class Pretrained:
     weights: LazyWeights
     tokenizer: pathlib.Path | Tokenizer | Callable[[], Tokenizer | None] | None = None
     decoder_of: str = ''
+    end_ids: tuple[int, ...] = ()
 
     @property
     def task(self) -> str:
@@ -79,7 +81,11 @@ class Pretrained:
         image_tokens = built.image_tokens * self.settings.images if isinstance(built, paligemma.PaliGemma) else 0
         softcap, patch_size = self.model.decoder.final_softcap, naflex_patch_size(self.model, self.settings)
         contract = Contract.make(self.settings, self.fitted(tokenizer), image_tokens, softcap, patch_size)
-        return dataclasses.replace(contract, vocab_size=self.vocab_size)
+        return dataclasses.replace(contract, vocab_size=self.vocab_size, end_ids=self.further_ends(tokenizer))
+
+    def further_ends(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """The ids that end an answer beside the tokenizer's eos."""
+        return tuple(i for i in dict.fromkeys(self.end_ids) if i != tokenizer.eos_id)
 
     def fitted(self, tokenizer: Tokenizer) -> Tokenizer:
         """The tokenizer, without location and segmentation tokens if the token table has no rows for them.

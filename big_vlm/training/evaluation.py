@@ -250,7 +250,7 @@ class Evaluator:
         run = self._once(
             'generate',
             lambda: make_generate(
-                self.task.predict, max_new_tokens=longest, eos_id=self.contract.eos_id, pad_id=self.contract.pad_id
+                self.task.predict, max_new_tokens=longest, eos_id=self.contract.ends, pad_id=self.contract.pad_id
             ),
         )
         weights, limit = self.task.predict['decode_params'](params), settings.max_new_tokens
@@ -261,7 +261,7 @@ class Evaluator:
             out = run(weights, self._put(batch), processors=processors, limit=limit)
             ids, lengths = _on_host(out.ids), _on_host(out.length)
             rows = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
-            texts = [self.tokenizer.decode([i for i in row if i != self.contract.eos_id]) for row in rows]
+            texts = [self.tokenizer.decode([i for i in row if i not in self.contract.ends]) for row in rows]
             return texts, _on_host(out.log_probs).sum(axis=1)
 
         return say

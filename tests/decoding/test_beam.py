@@ -19,7 +19,7 @@ def penalised(values, said, penalty):
     return np.where(np.isin(np.arange(VOCAB), said), values * penalty, values)  # log-probabilities are negative
 
 
-def naive(params, prompt, beams, length_penalty, limit=NEW, penalty=1.0):
+def naive(params, prompt, beams, length_penalty, limit=NEW, penalty=1.0, ends=(EOS,)):
     """(score, ids, log-probabilities) of the best answer; no stopping early, nothing shared between beams."""
     live, ended = [(0.0, [], [])], []
     for _ in range(limit):
@@ -28,9 +28,9 @@ def naive(params, prompt, beams, length_penalty, limit=NEW, penalty=1.0):
             values = log_probs_after(params, [*prompt, *ids])
             changed = penalised(values, [*prompt, *ids], penalty)
             grown += [(total + changed[v], [*ids, v], [*own, values[v]]) for v in range(VOCAB)]
-        grown = sorted(grown, key=lambda h: -h[0])[: 2 * beams]
-        ended += [h for h in grown[:beams] if h[1][-1] == EOS]
-        live = [h for h in grown if h[1][-1] != EOS][:beams]
+        grown = sorted(grown, key=lambda h: -h[0])[: (1 + len(ends)) * beams]
+        ended += [h for h in grown[:beams] if h[1][-1] in ends]
+        live = [h for h in grown if h[1][-1] not in ends][:beams]
     return max(((t / len(ids) ** length_penalty, ids, own) for t, ids, own in ended + live), key=lambda h: h[0])
 
 
@@ -53,6 +53,17 @@ def test_answers_are_those_of_a_search_with_lists(searches, beams, length_penalt
             np.testing.assert_allclose(out.log_probs[row, : len(ids)], log_probs, atol=1e-4)
             np.testing.assert_array_equal(out.log_probs[row, len(ids) :], 0)
     assert len(lengths) > 1 or length_penalty > 2
+
+
+def test_several_ends_leave_room_for_what_goes_on():
+    ends = (EOS, 3, 4, 7, 9)
+    search = make_beam_search(PREDICT, beams=3, max_new_tokens=NEW, eos_id=ends, pad_id=PAD)
+    params, prompts = weights(1), random_prompts(16, 1)
+    out = jax.device_get(search(params, make_batch(prompts), length_penalty=2.5))
+    for row, prompt in enumerate(prompts):
+        _, ids, _ = naive(params, prompt, 3, 2.5, ends=ends)
+        assert out.ids[row].tolist() == ids + [PAD] * (NEW - len(ids))
+    assert len(set(ends) & set(out.ids[np.arange(16), out.length - 1].tolist())) > 1
 
 
 def test_enough_beams_find_the_best_of_all_answers():

@@ -65,6 +65,19 @@ def test_greedy_equals_the_uncached_oracle(generate, rows, seed):
         assert 12 in lengths and len(lengths) > 1  # some rows were cut off, some ended by themselves
 
 
+def test_a_row_ends_at_any_of_several_ids():
+    params, prompts, ends = weights(6), random_prompts(8, 6), (EOS, 5, 7)
+    made = dict(max_new_tokens=12, eos_id=ends, pad_id=PAD)
+    out = jax.device_get(make_generate(PREDICT, **made)(params, make_batch(prompts)))
+    for row, prompt in enumerate(prompts):
+        ids, _ = oracle(params, prompt, 12, ends=ends)
+        assert out.ids[row].tolist() == ids + [PAD] * (12 - len(ids)) and out.length[row] == len(ids)
+    last = out.ids[np.arange(8), out.length - 1]
+    assert set(ends) <= set(last.tolist())
+    tokens = [step.token for step in make_stream(PREDICT, **made)(params, make_batch(prompts))]
+    np.testing.assert_array_equal(np.stack(tokens, axis=1), out.ids[:, : out.length.max()])
+
+
 def test_processors_see_what_each_row_has_said(generate):
     params, prompts = weights(6), random_prompts(8, 6)
     batch, less = make_batch(prompts), Less(2.5)

@@ -82,10 +82,10 @@ def test_a_guess_is_what_followed_the_last_tokens():
 MODELS = [('gemma2_2b', 2, 3), ('gemma3_270m', 7, 6), ('gemma2_27b', 3, 1)]
 
 
-def ended(out, eos):
-    """The same with what follows the first `eos` of each row cut off."""
+def ended(out, ends):
+    """The same with what follows the first of `ends` of each row cut off."""
     length = [
-        next((i + 1 for i, token in enumerate(row[:n]) if token == eos), n) for row, n in zip(*out[::2], strict=True)
+        next((i + 1 for i, token in enumerate(row[:n]) if token in ends), n) for row, n in zip(*out[::2], strict=True)
     ]
     kept = np.arange(NEW) < np.array(length)[:, None]
     return out._replace(ids=np.where(kept, out.ids, PAD), log_probs=out.log_probs * kept, length=np.array(length))
@@ -101,8 +101,9 @@ def test_the_tokens_are_those_of_greedy_decoding(model, drafts):
     ends = dict(max_new_tokens=NEW, pad_id=PAD)
     plain = jax.device_get(make_generate(predict(model), eos_id=-1, **ends)(params, batch, limit=limit))
     last = plain.ids[4, 7]  # now row 4 says its end of text
-    plain = ended(plain, last)
-    lookup = make_generate(predict(model, passes), eos_id=last, prompt_lookup=drafts, **ends)
+    ends_too = plain.ids[1, 1]  # and row 1, in another way
+    plain = ended(plain, (last, ends_too))
+    lookup = make_generate(predict(model, passes), eos_id=(last, ends_too), prompt_lookup=drafts, **ends)
     got = jax.device_get(lookup(params, batch, limit=limit))
     jax.effects_barrier()
     np.testing.assert_array_equal(got.ids, plain.ids)

@@ -5,7 +5,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from toy_decoder import EOS, PAD, PREDICT, decode_step, make_batch, prefill, random_prompts, weights
+from toy_decoder import EOS, PAD, PREDICT, decode_step, make_batch, oracle, prefill, random_prompts, weights
 
 from big_vlm.config import UserError
 from big_vlm.decoding.generate import make_generate
@@ -25,9 +25,9 @@ def prepare(requests, rows=1, width=6):
     return make_batch([prompt for _, prompt, _ in requests], width, id=ids, limit=limit, _mask=mask)
 
 
-def scheduler(slots=3, predict=PREDICT, together=1):
+def scheduler(slots=3, predict=PREDICT, together=1, eos_id=EOS):
     return make_scheduler(
-        predict, slots=slots, cache_size=18, max_new_tokens=NEW, eos_id=EOS, pad_id=PAD, together=together
+        predict, slots=slots, cache_size=18, max_new_tokens=NEW, eos_id=eos_id, pad_id=PAD, together=together
     )
 
 
@@ -51,6 +51,13 @@ def test_rows_are_those_of_one_static_batch_in_order(sampler, processors, slots)
     for row, finished in enumerate(got):
         assert finished.ids.tolist() == whole.ids[row, : whole.length[row]].tolist()
         np.testing.assert_allclose(finished.log_probs, whole.log_probs[row, : whole.length[row]], atol=1e-5)
+
+
+def test_a_slot_is_free_at_any_of_several_ends():
+    params, prompts, ends = weights(6), random_prompts(8, 6), (EOS, 5, 7)
+    got = [row.ids.tolist() for row in scheduler(eos_id=ends)(params, requests_of(prompts), prepare)]
+    assert got == [oracle(params, prompt, NEW, ends=ends)[0] for prompt in prompts]
+    assert set(ends) <= {ids[-1] for ids in got}
 
 
 def test_several_rows_of_a_prefill_and_none():

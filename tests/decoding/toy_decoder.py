@@ -43,11 +43,11 @@ def log_probs_after(params, history):
     return logits - np.log(np.exp(logits).sum())
 
 
-def oracle(params, prompt, max_new_tokens, penalty=0.0):
+def oracle(params, prompt, max_new_tokens, penalty=0.0, ends=(EOS,)):
     """Greedy decoding in float64, the whole history read anew for every token -> ids, log-probabilities. A token that
     the row has said before weighs `penalty` less."""
     ids, log_probs, history = [], [], list(prompt)
-    while len(ids) < max_new_tokens and EOS not in ids:
+    while len(ids) < max_new_tokens and not set(ends) & set(ids):
         logits = logits_after(params, history)
         said = np.isin(np.arange(VOCAB), ids)
         ids.append(int(np.argmax(logits - penalty * said)))

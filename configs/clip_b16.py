@@ -7,8 +7,9 @@ scaled by 100 at most (section 2.5); a causal text tower that pools its end toke
 the code's; the paper says 76.
 
 Different here: images are resized to a square, not cropped at random, and pixels range over -1 … 1, not by mean and
-deviation; the ViT has no norm before its first layer, and GELU is the tanh one; the tokenizer is SentencePiece, not
-CLIP's byte pairs. The paper mentions no gradient clipping. WIT, its data, is private.
+deviation; the ViT has no norm before its first layer, and GELU is the tanh one; the text's projection has a bias, which
+the image's has not, nor either of CLIP's; the tokenizer is SentencePiece, not CLIP's byte pairs. The paper mentions no
+gradient clipping. WIT, its data, is private.
 
     --config=configs/clip_b16.py:data=photos/captions.jsonl
     --config=configs/clip_b16.py:runlocal
@@ -37,7 +38,7 @@ def stage(args: dict, image: dict, embed_dim: int, b2: float, eps: float) -> Con
         contract=dict(image_size=224, resample='bicubic', text_length=77),
         tokenizer=dict(vocab_size=49_408),
         model=dict(
-            image=image,
+            image=dict(head_bias=False, **image),
             text=text,
             embed_dim=embed_dim,
             init_t=math.log(1 / 0.07),

@@ -13,8 +13,9 @@ from tools import command
 
 _MMAP_THRESHOLD = -3  # mallopt's number
 EXAMPLES = """examples:
-  A published checkpoint as a bundle, to load, to evaluate and to train from:
-    python -m tools.convert google/siglip-base-patch16-224 siglip_b16
+  A published checkpoint as a bundle, to load, to evaluate and to train from; nothing is fetched here:
+    hf download google/siglip-base-patch16-224 --local-dir siglip-base-patch16-224
+    python -m tools.convert siglip-base-patch16-224 siglip_b16
     python -m tools.convert siglip_b16_224.npz siglip_b16 --tokenizer=c4_en.model
     python -m tools.convert paligemma-3b-pt-224.npz paligemma_224 --tokenizer=gemma_tokenizer.model
 

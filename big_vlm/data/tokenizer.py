@@ -12,8 +12,9 @@ import sentencepiece
 from big_vlm.config import UserError, whole_file
 from big_vlm.data.coordinates import NUM_LOCATIONS, NUM_SEGMENTS, TOKEN
 
-UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 2, 3, 4, 5  # SentencePiece's numbers of four kinds of pieces
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece's numbers of the kinds of pieces
 _BYTE_PAIRS = 2  # and of its model
+_SENTINEL = re.compile('▁?<extra_id_[0-9]+>')  # of T5's gaps; mT5's file ends with 100, and SigLIP has no rows for them
 _REMEMBERED = 1 << 16  # texts; captions and questions repeat
 
 
@@ -22,7 +23,7 @@ class Tokenizer:
 
     A text is cut at its location and segmentation tokens, and each part goes through SentencePiece on its own. No space
     is added in front: 'red' and ' red' are different pieces, in a text's beginning as after a token. bos and eos are
-    never added here.
+    never added here. T5's sentinels, if the model ends with them, are left out: no text holds them.
     """
 
     def __init__(self, model: bytes, path: str = '', locations: bool = True):
@@ -31,8 +32,11 @@ class Tokenizer:
         `locations`: False leaves out the location and segmentation tokens, for models that have no rows for them, such
         as SigLIP; '<loc0007>' is then spelt like any text. A model without bos (SigLIP 1's) pads with eos.
         """
-        self._model = model
         self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        if _SENTINEL.fullmatch(self._pieces.id_to_piece(len(self._pieces) - 1)):
+            model = _without_sentinels(model)
+            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self._model = model
         self.path = path
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.base = self._pieces.vocab_size()
@@ -183,6 +187,16 @@ class Tokenizer:
 
     def __reduce__(self) -> tuple:
         return Tokenizer, (self._model, self.path, self.locations)
+
+
+def _without_sentinels(model: bytes) -> bytes:
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    while _SENTINEL.fullmatch(proto.pieces[-1].piece):
+        del proto.pieces[-1]
+    proto.trainer_spec.vocab_size = len(proto.pieces)
+    return proto.SerializeToString()
 
 
 def _train(texts: list[str], vocab_size: int) -> bytes:

@@ -44,5 +44,8 @@ def read(path: str | os.PathLike) -> Pretrained:
     if kind == 'hugging_face' or (folder / 'config.json').is_file():
         return hugging_face.read(folder)
     if not folder.exists():
-        raise UserError(f'{path}: no such file or folder')
+        owner, _, name = os.fspath(path).partition('/')
+        of_hub = owner and name and '/' not in name and not pathlib.Path(owner).expanduser().exists()
+        fetch = f'; to fetch it from the Hugging Face Hub: hf download {path} --local-dir {name}' if of_hub else ''
+        raise UserError(f'{path}: no such file or folder{fetch}')
     raise UserError(f'{path} is neither an .npz or .gguf file nor a folder with config.json and safetensors files')

@@ -48,7 +48,7 @@ _TIED = {
     **dict.fromkeys(pretrained.DECODERS, ('lm_head.weight', 'model.embed_tokens.weight')),
     'paligemma': ('language_model.lm_head.weight', 'language_model.model.embed_tokens.weight'),
 }
-_OF_NO_USE = re.compile(r'.*\.(?:position_ids|rotary_emb\.inv_freq)')  # buffers of old releases
+_OF_NO_USE = re.compile(r'.*\.(?:position_ids|rotary_emb\.inv_freq)')  # buffers of old releases, some of whole numbers
 _OF_IMAGES = re.compile(r'(?:model\.)?(?:vision_tower|multi_modal_projector)\..*')
 
 
@@ -62,7 +62,7 @@ def read(folder: pathlib.Path) -> Pretrained:
     """
     settings = hugging_face_config.read(folder)
     family = settings.family
-    theirs = safetensors_files.read(folder)
+    theirs = safetensors_files.read(folder, without=_OF_NO_USE)
     if settings.decoder_of:
         theirs = theirs.renamed({name: name for name in theirs.shapes if not _OF_IMAGES.fullmatch(name)})
     theirs = _without_tied(_published_names(theirs, family), family)
@@ -79,7 +79,7 @@ def read(folder: pathlib.Path) -> Pretrained:
         settings.contract,
         settings.vocab_size,
         rows.to_ours(table, ours, theirs),
-        hugging_face_tokenizer.find_tokenizer(folder),
+        hugging_face_tokenizer.of_folder(folder),
         settings.decoder_of,
         settings.end_ids,
     )
@@ -167,8 +167,6 @@ def _token_table(family: str) -> str:
 def _published_names(weights: LazyWeights, family: str) -> LazyWeights:
     names: dict[str, str] = {}
     for name in weights.shapes:
-        if _OF_NO_USE.fullmatch(name):
-            continue
         new = published_name(name, family)
         if new in names.values():
             raise UserError(f'{weights.where}: {name} is there under two names')

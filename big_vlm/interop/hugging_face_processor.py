@@ -16,6 +16,8 @@ from big_vlm.interop import pretrained
 from big_vlm.interop.hugging_face_keys import fixed, read_json
 
 _RESAMPLE = {2: 'bilinear', 3: 'bicubic'}  # Pillow's numbers
+_FIXED = {'do_resize': (True,), 'do_rescale': (True,), 'antialias': (True, False)}
+_FIXED |= dict.fromkeys(('do_center_crop', 'do_pad'), (False, None))
 
 
 def read(folder: pathlib.Path, contract: config.Contract, patch: int) -> config.Contract:
@@ -36,7 +38,9 @@ def read(folder: pathlib.Path, contract: config.Contract, patch: int) -> config.
         resample = int(content.get('resample', 2 if naflex else 3))
         scale = 255 * float(content.get('rescale_factor', 1 / 255))
         size = {} if naflex else content.get('size') or {}
-        sizes = {int(size[key]) for key in ('height', 'width') if key in size} or {contract.image_size}
+        if size and not {'height', 'width'} <= set(size):
+            raise UserError(f'{file}: size has {", ".join(size)}: only height and width are read')
+        sizes = {int(size[key]) for key in ('height', 'width') if size} or {contract.image_size}
         max_patches = int(content.get('max_num_patches', pretrained.NAFLEX_PATCHES)) if naflex else 0
         patch_size = int(content.get('patch_size', patch)) if naflex else patch
         means, stds = (
@@ -45,7 +49,7 @@ def read(folder: pathlib.Path, contract: config.Contract, patch: int) -> config.
         )
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f'{file}: damaged ({type(error).__name__}: {error})') from None
-    fixed(content, {'do_resize': (True,), 'do_rescale': (True,), 'antialias': (True, False)}, str(file))
+    fixed(content, _FIXED, str(file))
     if abs(scale - 1) > 1e-6:
         raise UserError(f'{file}: rescale_factor {scale / 255:g}: only 1/255 is read')
     if resample not in _RESAMPLE:

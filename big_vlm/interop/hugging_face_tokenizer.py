@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from big_vlm.data.contract import Contract
 from big_vlm.data.coordinates import NUM_LOCATIONS, NUM_SEGMENTS
 from big_vlm.data.tokenizer import Tokenizer
+from big_vlm.interop import tokenizer_json
 from big_vlm.interop.pretrained import TOWERS
 
 CONFIG = 'tokenizer_config.json'
@@ -18,6 +21,12 @@ _FILES = ('tokenizer.model', 'spiece.model')  # Gemma's name, SigLIP 1's
 def find_tokenizer(folder: pathlib.Path) -> pathlib.Path | None:
     """The SentencePiece model of a folder, if it has one."""
     return next((folder / name for name in _FILES if (folder / name).is_file()), None)
+
+
+def of_folder(folder: pathlib.Path) -> pathlib.Path | Callable[[], Tokenizer] | None:
+    """Its SentencePiece model; without one, a function that makes it of tokenizer.json; None without either."""
+    file = folder / tokenizer_json.NAME
+    return find_tokenizer(folder) or (functools.partial(tokenizer_json.read, file) if file.is_file() else None)
 
 
 def write(folder: pathlib.Path, family: str, contract: Contract, tokenizer: Tokenizer) -> None:

@@ -26,8 +26,9 @@ def holds(folder: pathlib.Path) -> bool:
     return (folder / _SINGLE).is_file() or (folder / _INDEX).is_file()
 
 
-def read(folder: pathlib.Path) -> LazyWeights:
-    """All tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
+def read(folder: pathlib.Path, without: re.Pattern[str] | None = None) -> LazyWeights:
+    """All tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` names, but those
+    whose names match `without`.
 
     Raises UserError: neither is there, a shard is missing, a file is damaged or cut short, a dtype that holds no
     weights, an index that disagrees with its shards.
@@ -48,6 +49,8 @@ def read(folder: pathlib.Path) -> LazyWeights:
                     odd = sorted(names ^ promised)[0]
                     raise UserError(f'{file}: {_INDEX} and this file disagree about {odd}: download the folder again')
                 for name in sorted(names, key=_natural):
+                    if without and without.fullmatch(name):
+                        continue
                     part = stream.get_slice(name)
                     if part.get_dtype() not in _DTYPES:
                         raise UserError(f'{file}: {name} is {part.get_dtype()}: weights must be one of {list(_DTYPES)}')

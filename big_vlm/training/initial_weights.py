@@ -112,13 +112,16 @@ def _check_contract(part: str, ours: config.Contract, theirs: config.Contract | 
 
 def _check_tokenizer(given: str, weights: pathlib.Path, where: str) -> None:
     """Token ids mean the same to the run and to a bundle, a Hugging Face folder or a GGUF file. An .npz can't tell."""
-    in_file, kept = interop.format_of(weights) == 'gguf', interop.find_tokenizer(weights) or weights / 'tokenizer.model'
+    kept = interop.find_tokenizer(weights)
+    within = not kept and (interop.format_of(weights) == 'gguf' or (weights / 'tokenizer.json').is_file())
     if given:
-        own = Tokenizer.load(kept) if kept.is_file() else interop.read(weights).own_tokenizer() if in_file else None
+        own = Tokenizer.load(kept) if kept else interop.read(weights).own_tokenizer() if within else None
         if own is None or Tokenizer.load(given).same_pieces(own):
             return
     found = (
-        f'python -m tools.convert {weights} BUNDLE --to=bundle writes it' if in_file else f'a bundle has it as {kept}'
+        f'python -m tools.convert {weights} BUNDLE --to=bundle writes it'
+        if within
+        else f'a bundle has it as {kept or weights / "tokenizer.model"}'
     )
     raise UserError(
         f'{where}.path: its text weights belong to its tokenizer{f", and {given} is another" if given else ""}: '

@@ -12,7 +12,7 @@ import pytest
 from big_vlm import bundle, interop
 from big_vlm.checkpoints import trees
 from big_vlm.decoding.generate import make_generate
-from big_vlm.interop import gguf_files
+from big_vlm.interop import gguf_files, tokenizer_json
 from big_vlm.models import paligemma, vit
 
 torch = pytest.importorskip('torch')
@@ -33,6 +33,21 @@ PROMPTS = (
     'Dear Sir or Madam,\n\nI am writing to',
     'My favourite book is about a',
     'In 1969, the first',
+)
+SCRIPTS = (
+    'Съешь же ещё этих мягких французских булок',
+    '敏捷的棕色狐狸跳过了懒狗。今天天气很好',
+    'いろはにほへと ちりぬるを カタカナ',
+    '다람쥐 헌 쳇바퀴에 타고파',
+    'نص حكيم له سر قاطع وذو شأن عظيم',
+    'दिल्ली भारत की राजधानी है',
+    'กรุงเทพมหานคร อมรรัตนโกสินทร์',
+    'Ξεσκεπάζω τὴν ψυχοφθόρα βδελυγμία',
+    'דג סקרן שט בים מאוכזב',
+    'እው ሰላም ለዓለም',
+    'naïve ☃ 🦊 👩‍👩‍👧‍👦 𓀀',
+    '\t\tif x:\n\n\n    y  = 3,141,592\t# tabs   ',
+    '<start_of_turn>user\nHi<end_of_turn>\n',
 )
 
 
@@ -130,3 +145,9 @@ def test_the_tool_writes_what_transformers_loads(file, theirs, tmp_path):
     pieces = folder.own_tokenizer()
     for text in PROMPTS:
         assert tokenizer(text, add_special_tokens=False).input_ids == pieces.encode(text), text
+    # As transformers saves it, without the SentencePiece model.
+    tokenizer.save_pretrained(tmp_path / 'saved')
+    again = tokenizer_json.read(tmp_path / 'saved' / 'tokenizer.json')
+    assert again.same_pieces(pieces)
+    for text in (*PROMPTS, *SCRIPTS):
+        assert tokenizer(text, add_special_tokens=False).input_ids == again.encode(text) == pieces.encode(text), text

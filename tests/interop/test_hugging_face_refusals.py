@@ -126,6 +126,10 @@ def test_refused_in_one_line(tmp_path, name, change, message):
         ({'size': {'height': 28, 'width': 28}}, "not the model's image_size, 14"),
         ({'image_mean': [0.4, 0.5, 0.6]}, 'colours must share one range'),
         ({'size': 14}, 'damaged'),
+        ({'size': {'shortest_edge': 14}}, 'size has shortest_edge: only height and width are read'),
+        ({'size': {'height': 14}}, 'size has height: only height and width'),
+        ({'do_center_crop': True}, 'do_center_crop is True'),
+        ({'do_pad': True}, 'do_pad is True'),
     ],
 )
 def test_pixels_that_the_contract_cannot_say_are_refused(tmp_path, content, message):
@@ -138,5 +142,7 @@ def test_pixels_that_the_contract_cannot_say_are_refused(tmp_path, content, mess
 def test_neither_file_nor_folder(tmp_path):
     with pytest.raises(UserError, match='no such file or folder'):
         interop.read(tmp_path / 'nowhere')
+    with pytest.raises(UserError, match='Hub: hf download google/siglip-x --local-dir siglip-x$'):
+        interop.read('google/siglip-x')
     with pytest.raises(UserError, match='neither an .npz or .gguf file nor a folder'):
         interop.read(tmp_path)

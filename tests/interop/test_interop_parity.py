@@ -11,7 +11,7 @@ import big_vlm
 from big_vlm import bundle, interop
 from big_vlm.data import prompts
 from big_vlm.data.tokenizer import Tokenizer
-from big_vlm.interop import hugging_face
+from big_vlm.interop import hugging_face, tokenizer_json
 from tools import make_goldens
 
 torch = pytest.importorskip('torch')
@@ -107,6 +107,19 @@ def test_texts_become_the_same_ids(exported, name):
         for text in ('red', 'a red three in the top left', 'A Red THREE'):  # padded, and cut
             row, _ = prompts.contrastive_text(ours.encode(text.lower()), model.contract(ours))
             assert theirs(text, padding='max_length', truncation=True).input_ids == row.tolist()
+
+
+@pytest.mark.parametrize('name', ['siglip2', 'paligemma2'])
+def test_a_tokenizer_that_transformers_saved(exported, tmp_path, name):
+    """It leaves out the SentencePiece model; what is made of its file gives the same ids."""
+    theirs = transformers.AutoTokenizer.from_pretrained(exported / name)
+    theirs.save_pretrained(tmp_path)
+    assert not (tmp_path / 'tokenizer.model').exists()
+    ours, before = tokenizer_json.read(tmp_path / 'tokenizer.json'), Tokenizer.load(exported / name / 'tokenizer.model')
+    assert ours.same_pieces(before)
+    assert [kind for _, _, kind in ours.pieces()] == [kind for _, _, kind in before.pieces()]
+    for text in (*TEXTS, 'naïve ☃', 'two\ttabs '):
+        assert theirs(text, add_special_tokens=False).input_ids == ours.encode(text), text
 
 
 def test_pixels_become_the_same(exported):

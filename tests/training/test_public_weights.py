@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from sentencepiece import sentencepiece_model_pb2
 
 from big_vlm import bundle, config, interop, tasks
 from big_vlm.checkpoints import trees
@@ -65,6 +66,27 @@ def test_a_dual_encoder_whole(tmp_path, source):
     np.testing.assert_array_equal(first[table][300:], fresh[table][300:])
     for name in set(first) - {table}:
         np.testing.assert_array_equal(first[name], model.weights.read(name), err_msg=name)
+
+
+def test_sentinels_have_no_rows(tmp_path):
+    """mT5's file ends with a hundred pieces for T5's gaps, and the tables of multilingual SigLIPs before them."""
+    folder = shutil.copytree(GOLDENS / 'siglip', tmp_path / 'siglip')
+    file = folder / 'spiece.model'
+    proto = sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())
+    for i in reversed(range(100)):
+        proto.pieces.add(piece=f'▁<extra_id_{i}>', score=0.0, type=4)
+    file.write_bytes(proto.SerializeToString())
+    model = interop.read(folder)
+    text = 'a red three <extra_id_7>'
+    ids = Tokenizer.load(GOLDENS / 'siglip' / 'spiece.model').encode(text)
+    assert model.contract(model.own_tokenizer()).vocab_size == 34 and model.own_tokenizer().encode(text) == ids
+    stage, task = stage_of(model, path=str(folder))
+    shapes = steps.param_shapes(task)
+    initial_weights.check({'train': stage}, {'train': shapes}, 'train', 'config')
+    taken = initial_weights.overwritten(stage.init_from, {}, shapes, 'config')
+    assert set(trees.flat(shapes)) - taken == {'txt/Embed_0/embedding'}
+    bundle.convert(folder, tmp_path / 'again', to='hugging_face')
+    assert interop.read(tmp_path / 'again').own_tokenizer().base == 34
 
 
 @pytest.mark.slow

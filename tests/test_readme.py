@@ -120,7 +120,7 @@ def test_commands_are_understood(monkeypatch, capsys):
         raise Understood
 
     parse = argparse.ArgumentParser.parse_args
-    monkeypatch.setattr(argparse.ArgumentParser, 'parse_args', lambda self, words: stop(parse(self, words)))
+    monkeypatch.setattr(argparse.ArgumentParser, 'parse_args', lambda self, words, *_: stop(parse(self, words)))
     monkeypatch.setattr(config, 'load_config', stop)  # the first that big_vlm.main does then
     seen = set()
     for page, line in printed():

@@ -14,6 +14,7 @@ from big_vlm.data.coordinates import NUM_LOCATIONS, NUM_SEGMENTS, TOKEN
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # SentencePiece's numbers of the kinds of pieces
 _BYTE_PAIRS = 2  # and of its model
+_LOCATIONS = [*(f'<loc{i:04d}>' for i in range(NUM_LOCATIONS)), *(f'<seg{i:03d}>' for i in range(NUM_SEGMENTS))]
 _SENTINEL = re.compile('▁?<extra_id_[0-9]+>')  # of T5's gaps; mT5's file ends with 100, and SigLIP has no rows for them
 _REMEMBERED = 1 << 16  # texts; captions and questions repeat
 
@@ -23,7 +24,10 @@ class Tokenizer:
 
     A text is cut at its location and segmentation tokens, and each part goes through SentencePiece on its own. No space
     is added in front: 'red' and ' red' are different pieces, in a text's beginning as after a token. bos and eos are
-    never added here. T5's sentinels, if the model ends with them, are left out: no text holds them.
+    never added here.
+
+    A model that itself ends with all those tokens has them once. T5's sentinels at its end are left out: no text holds
+    them.
     """
 
     def __init__(self, model: bytes, path: str = '', locations: bool = True):
@@ -33,8 +37,9 @@ class Tokenizer:
         as SigLIP; '<loc0007>' is then spelt like any text. A model without bos (SigLIP 1's) pads with eos.
         """
         self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-        if _SENTINEL.fullmatch(self._pieces.id_to_piece(len(self._pieces) - 1)):
-            model = _without_sentinels(model)
+        last = self._pieces.id_to_piece(len(self._pieces) - 1)
+        if last == _LOCATIONS[-1] or _SENTINEL.fullmatch(last):
+            model = _own_pieces(model)
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         self._model = model
         self.path = path
@@ -189,12 +194,15 @@ class Tokenizer:
         return Tokenizer, (self._model, self.path, self.locations)
 
 
-def _without_sentinels(model: bytes) -> bytes:
+def _own_pieces(model: bytes) -> bytes:
+    """A model without the location and segmentation tokens, or the sentinels, that it ends with."""
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)
     while _SENTINEL.fullmatch(proto.pieces[-1].piece):
         del proto.pieces[-1]
+    if [piece.piece for piece in proto.pieces[-len(_LOCATIONS) :]] == _LOCATIONS:
+        del proto.pieces[-len(_LOCATIONS) :]
     proto.trainer_spec.vocab_size = len(proto.pieces)
     return proto.SerializeToString()
 

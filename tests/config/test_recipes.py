@@ -214,6 +214,12 @@ def test_paligemma_learns_along_one_curve():
         np.testing.assert_allclose(stage.optimizer.lr, decoder(total), rtol=1e-4)
 
 
+@pytest.mark.parametrize('name', ['clip_b16', 'clip_rn50'])
+def test_clips_images_are_projected_without_a_bias(name):
+    [stage] = load(name).values()
+    assert not stage.model.image.head_bias and stage.model.image.variant == {'clip_b16': 'B/16'}.get(name, 'R50')
+
+
 def test_others_weights_are_asked_for():
     with pytest.raises(UserError, match=r"begins from another's weights: give gemma=PATH, or gemma=none"):
         config.load_config(f'{ROOT}/configs/paligemma_3b.py:siglip=none')

@@ -4,6 +4,7 @@ import pickle
 from pathlib import Path
 
 import pytest
+from sentencepiece import sentencepiece_model_pb2
 
 from big_vlm.config import UserError
 from big_vlm.data.tokenizer import Tokenizer
@@ -101,6 +102,34 @@ def test_training_errors_name_the_fix(tmp_path):
         Tokenizer.train(TEXTS, 100, tmp_path / 't.model')
     with pytest.raises(UserError, match='no text to train'):
         Tokenizer.train(['', ' '], 300, tmp_path / 't.model')
+
+
+def ending_with(tokenizer, path, pieces):
+    """The model file with more pieces, as its user's own ones."""
+    tokenizer.save(path)
+    model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    for piece in pieces:
+        model.pieces.add(piece=piece, score=0.0, type=4)
+    path.write_bytes(model.SerializeToString())
+    return Tokenizer.load(path)
+
+
+def test_tokens_that_the_file_itself_ends_with(trained, tmp_path):
+    """As PaliGemma's file may. They are there once; some of them alone are pieces like others."""
+    tokens = [trained.piece(i) for i in range(trained.base, trained.vocab_size)]
+    whole, some = (ending_with(trained, tmp_path / 'x.model', x) for x in (tokens, tokens[-128:]))
+    assert whole.same_pieces(trained) and whole.vocab_size == trained.vocab_size
+    for text in ('red<loc0005> blue<seg127>', *TEXTS):
+        assert whole.encode(text) == trained.encode(text)
+    assert (some.base, some.encode('<seg000>')) == (trained.base + 128, [trained.base + 128 + 1024])
+
+
+def test_sentinels_are_left_out(trained, tmp_path):
+    ended = ending_with(trained, tmp_path / 'x.model', [f'▁<extra_id_{i}>' for i in reversed(range(100))])
+    assert ended.same_pieces(trained) and ended.vocab_size == trained.vocab_size
+    text = 'which <extra_id_3> is red?'
+    assert ended.encode(text) == trained.encode(text) and ended.decode(ended.encode(text)) == text
+    assert pickle.loads(pickle.dumps(ended)).sha256 == ended.sha256
 
 
 def test_loading_errors(tmp_path):

@@ -1,5 +1,7 @@
 """What `Bundle.generate` offers beyond one greedy batch: slots, samplers, stop strings, beams, and failing requests."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -52,6 +54,35 @@ def test_more_requests_than_slots_have_the_same_answers_in_order(decoder, nine):
     assert seen[-1] == (9, 9) and seen == sorted(seen)
     request = dict(max_new_tokens=8, temperature=1.0, top_p=0.9, min_p=0.01, repetition_penalty=1.2, seed=3)
     same(decoder.generate(images, prompts, batch_size=4, **request), decoder.generate(images, prompts, **request))
+
+
+@pytest.fixture(scope='module')
+def chatty(decoder, nine):
+    """(the same decoder whose answers end at one id more, what remains of the nine answers)."""
+    _, _, whole = nine
+    # One that a row says, but not at once; the last row to come to such a one.
+    end = max((answer.ids.index(i), i) for answer in whole for i in answer.ids[:-1])[1]
+    contract = dataclasses.replace(decoder.contract, end_ids=(end,))
+    kept = [answer.ids[: [*answer.ids, end].index(end) + 1] for answer in whole]
+    assert any(1 < len(ids) < len(answer.ids) for ids, answer in zip(kept, whole, strict=True))
+    return bundle.Bundle(decoder.stage, contract, decoder.tokenizer, decoder.params, decoder.mesh), kept
+
+
+def test_an_answer_ends_at_a_further_id_and_does_not_spell_it(nine, chatty):
+    (images, prompts, _), (model, kept) = nine, chatty
+    answers = model.generate(images, prompts, max_new_tokens=8)
+    assert [answer.ids for answer in answers] == kept
+    ended = [i for i, ids in enumerate(kept) if ids[-1] in model.contract.end_ids]
+    assert ended and all(answers[i].text == model.tokenizer.decode(kept[i][:-1]) for i in ended)
+
+
+@pytest.mark.slow
+def test_slots_and_streams_end_at_a_further_id(nine, chatty):
+    (images, prompts, _), (model, kept) = nine, chatty
+    answers = model.generate(images, prompts, max_new_tokens=8, batch_size=4)
+    assert [answer.ids for answer in answers] == kept
+    row = next(i for i, ids in enumerate(kept) if ids[-1] in model.contract.end_ids)
+    assert ''.join(model.stream(images[row], prompts[row], max_new_tokens=8)) == answers[row].text
 
 
 def test_slots_on_a_mesh(decoder, nine):

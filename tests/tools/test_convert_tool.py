@@ -128,8 +128,8 @@ def test_a_converted_bundle_answers(bundles):
 def test_what_transformers_reads_beside_the_weights(bundles, tmp_path):
     assert convert.main([str(bundles / 'paligemma'), str(tmp_path / 'p')]) == 0
     files = {file.name for file in (tmp_path / 'p').iterdir()}
-    names = {'config.json', 'preprocessor_config.json', 'tokenizer_config.json', 'tokenizer.model', 'model.safetensors'}
-    assert files == names
+    settings = {f'{name}config.json' for name in ('', 'generation_', 'preprocessor_', 'tokenizer_')}
+    assert files == settings | {'tokenizer.model', 'model.safetensors'}
     content = json.loads((tmp_path / 'p' / 'config.json').read_text())
     assert (content['image_token_index'], content['text_config']['vocab_size']) == (1452, 1472)
     table = load_file(tmp_path / 'p' / 'model.safetensors')['language_model.model.embed_tokens.weight']

@@ -34,6 +34,7 @@ def weights(folder, part=''):
 def test_every_stage_leaves_a_bundle_and_its_numbers(micro_run):
     assert {p.name for p in micro_run.iterdir()} == {
         *STAGES,
+        '.lock',
         'config.json',
         'tokenizer.model',
         'report.html',

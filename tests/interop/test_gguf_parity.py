@@ -127,13 +127,14 @@ def test_the_same_greedy_tokens(file, theirs):
 
 
 def test_the_tool_writes_what_transformers_loads(file, theirs, tmp_path):
-    """The folder's config is the published one, its tokenizer gives the same ids, a tensor is the dequantised one."""
+    """The folder's config is the published one, but that the end of a turn ends an answer too, as for llama.cpp; its
+    tokenizer gives the same ids, a tensor is the dequantised one."""
     bundle.convert(file, tmp_path / 'folder')
     content = json.loads((tmp_path / 'folder' / 'config.json').read_text())
     config = transformers.AutoConfig.from_pretrained(tmp_path / 'folder')
     for key in ('hidden_size', 'layer_types', 'sliding_window', 'rope_parameters', 'query_pre_attn_scalar'):
         assert getattr(config, key) == getattr(theirs.config, key), key
-    assert (content['eos_token_id'], content['bos_token_id'], content['vocab_size']) == (1, 2, 262_144)
+    assert (content['eos_token_id'], content['bos_token_id'], content['vocab_size']) == ([1, 106], 2, 262_144)
     folder, expected = interop.read(tmp_path / 'folder'), theirs.state_dict()
     np.testing.assert_array_equal(
         folder.weights.read('llm/final_norm/scale'), expected['model.norm.weight'].numpy(), 'final norm'

@@ -218,6 +218,7 @@ def shrink(made: ConfigDict) -> None:
         model.distill.update(hidden=32, bottleneck=16, prototypes=64)
     if made.task == 'contrastive':
         model.text.update(variant='mu', width=0, depth=0, mlp_dim=0, num_heads=0)
-        model.update(embed_dim=32, loss_form='dense')
+        # A tower as wide as the joint space has no head, which one without a bias is said to have.
+        model.update(embed_dim=32 if model.image.get('head_bias', True) else 16, loss_form='dense')
     else:
         model.decoder.update(width=32, depth=2, mlp_dim=64, num_heads=2, num_kv_heads=1, head_dim=16)

@@ -118,6 +118,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 .near .wrong { outline: 2px dashed var(--bad); outline-offset: -2px; }
 .stage { padding: 18px 20px 12px; margin: 0 0 14px; }
 .stage .facts { margin: -6px 0 12px; font-size: 13px; }
+.stage details .facts { margin: 12px 0 0; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(340px, 1fr)); gap: 10px 26px; }
 .plots.small { grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); margin-top: 12px; }
 .plots svg { width: 100%; height: auto; display: block; }

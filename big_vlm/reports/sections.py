@@ -223,7 +223,7 @@ def similarity(near: Similarity | None) -> str:
 
 
 def training(stages: Sequence[Stage]) -> str:
-    """Loss and learning rate of each stage; other columns folded away."""
+    """Loss and learning rate of each stage; other columns folded away, those of one value in words."""
     blocks = []
     for stage in stages:
         drawn = {name: points for name, points in stage.curves.items() if len(points)}
@@ -231,16 +231,16 @@ def training(stages: Sequence[Stage]) -> str:
         rates = {name: points for name, points in drawn.items() if re.search(r'\blr\b|learning_rate', name)}
         plots = [pictures.curves(losses, 'loss', loss=True)] if losses else []
         plots += [pictures.curves(rates, 'learning rate')] if rates else []
-        others = ''.join(
+        others = {name: points for name, points in drawn.items() if name not in losses and name not in rates}
+        still = {name: points[0][1] for name, points in others.items() if len({value for _, value in points}) == 1}
+        moving = ''.join(
             pictures.curves({name: points}, name, size=(3.6, 1.9))
-            for name, points in drawn.items()
-            if name not in losses and name not in rates
+            for name, points in others.items()
+            if name not in still
         )
-        more = (
-            f'<details><summary>more curves</summary><div class="plots small">{others}</div></details>'
-            if others
-            else ''
-        )
+        more = f'<div class="plots small">{moving}</div>' if moving else ''
+        more += _facts({name: f'{value:.4g}' for name, value in still.items()})
+        more = f'<details><summary>more curves</summary>{more}</details>' if more else ''
         blocks.append(
             f'<div class="card stage"><h3>{escape(stage.name)}</h3>{_facts(stage.facts)}'
             f'<div class="plots">{"".join(plots)}</div>{more}</div>'

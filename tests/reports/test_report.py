@@ -79,7 +79,8 @@ def random_report(rng):
                     'loss': [(s, float(v)) for s, v in enumerate(rng.random(1500) + 0.1)] + [(1500, float('nan'))],
                     'val_loss': [(0, 1.0), (1000, 0.5)],
                     'learning_rate': [(0, 0.0), (1000, 1e-3)],
-                    'grad_norm': [(0, 1.0)],
+                    'grad_norm': [(0, 1.0), (1000, 2.0)],
+                    'updates_skipped': [(0, 0.0), (1000, 0.0)],
                     'empty_column': [],
                 },
                 {'steps': '1,500'},
@@ -252,6 +253,13 @@ def test_curves_hold_the_data_but_not_all_of_it():
     many = pictures.curves({'loss': [(s, float(s % 7)) for s in range(100_000)]}, 'loss', loss=True)
     assert max(drawn_points(many)) <= 400 and len(many) < 40_000
     assert 'var(--accent)' in many and '#040404' not in many
+
+
+def test_a_column_of_one_value_is_told_in_words():
+    page = render(random_report(np.random.default_rng(0)))
+    assert '<span>updates_skipped</span><b>0</b>' in page and 'grad_norm</span>' not in page
+    drawn = re.findall(r'<svg.*?</svg>', page, flags=re.DOTALL)
+    assert any('grad_norm' in svg for svg in drawn) and not any('updates_skipped' in svg for svg in drawn)
 
 
 def test_thinning_takes_means():

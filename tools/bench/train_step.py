@@ -12,13 +12,15 @@ from tools import command
 EXPLAIN = """Both in one process, taking turns: the same weights, batch, optimizer (Adam, clipping, decay, cosine) and
 remat, float32, one CPU device. Losses and updated parameters are compared first. Ours is the step as training takes it:
 it reads uint8 pixels, skips what is not finite, and tells the same norms. Peaks are the compiler's.
-Beside it: our step in micro-batches, over that of the whole batch.
+Beside it: our step in micro-batches, over that of the whole batch, and big_vision's over it. Pairs in micro-batches
+compute every activation twice as it is, without remat; with it, three times.
 big_vision is not on PyPI: --big_vision is a checkout of github.com/google-research/big_vision; without one its side is
 left out. TensorFlow is not needed.
 
 examples:
   python -m tools.bench.train_step --big_vision=../big_vision
   python -m tools.bench.train_step --big_vision=../big_vision --image=S/16 --text=S --batch=64
+  python -m tools.bench.train_step --big_vision=../big_vision --batch=128 --accumulate=32 --accumulated_remat=none
   python -m tools.bench.train_step --big_vision=../big_vision --accumulate=1 --rounds=0
   python -m tools.bench.train_step --answers --image=S/16 --text=S --size=128
 """
@@ -39,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument('--vocabulary', type=int, default=32_000, metavar='V', help='(default: 32,000)')
     result.add_argument('--remat', choices=REMAT, default='full', help='of both (default: full)')
     result.add_argument('--accumulate', type=int, default=4, metavar='N', help='micro-batches (default: 4)')
+    result.add_argument('--accumulated_remat', choices=('none', *REMAT), help='in micro-batches (default: as --remat)')
     result.add_argument('--rounds', type=int, default=9, metavar='N', help='0: peaks alone, nothing runs (default: 9)')
     return result
 
@@ -64,12 +67,12 @@ class Side:
         return told
 
 
-def our_stage(args: argparse.Namespace, accumulate: int) -> Any:
+def our_stage(args: argparse.Namespace, accumulate: int = 1, remat: str = 'full') -> Any:
     """The config of our side."""
     from big_vlm import config
     from big_vlm.models import vit
 
-    model = {'image': {'variant': args.image}, 'text': {'variant': args.text}, 'remat': args.remat}
+    model = {'image': {'variant': args.image}, 'text': {'variant': args.text}, 'remat': remat}
     if args.answers:
         decoder = {key: vit.decode_variant(args.text)[key] for key in ('width', 'depth', 'mlp_dim', 'num_heads')}
         decoder |= {'num_kv_heads': 1, 'head_dim': decoder['width'] // decoder['num_heads']}
@@ -107,12 +110,12 @@ def random_batch(args: argparse.Namespace) -> dict[str, Any]:
     text = rng.integers(0, args.vocabulary, (args.batch, args.length), np.int32)
     if not args.answers:
         return {'image': image, 'text': text, 'text_mask': np.ones(text.shape, bool)}
-    contract, asked = stages.draft_contract(our_stage(args, 1), args.vocabulary), args.length // 4
+    contract, asked = stages.draft_contract(our_stage(args), args.vocabulary), args.length // 4
     rows = [prompts.generative_row(row[:asked], row[asked:], contract) for row in text]
     return {'image': image[:, None], **loader.stack(rows)}
 
 
-def our_side(args: argparse.Namespace, batch: dict[str, Any], accumulate: int = 1) -> Side:
+def our_side(args: argparse.Namespace, batch: dict[str, Any], remat: str, accumulate: int = 1) -> Side:
     """Our step."""
     import jax
 
@@ -121,7 +124,7 @@ def our_side(args: argparse.Namespace, batch: dict[str, Any], accumulate: int = 
     from big_vlm.training import loop, optimizer, stages
     from big_vlm.training import step as steps
 
-    stage, mesh = our_stage(args, accumulate), meshes.make_mesh(devices=jax.devices()[:1])
+    stage, mesh = our_stage(args, accumulate, remat), meshes.make_mesh(devices=jax.devices()[:1])
     task = tasks.make(stage, stages.draft_contract(stage, args.vocabulary), mesh)
     tx, info = optimizer.make(stage.optimizer, SCHEDULE['steps'], steps.param_shapes(task))
     abstract = steps.abstract_state(task, tx, mesh)
@@ -207,15 +210,18 @@ def run(argv: list[str]) -> None:
     about |= {'jax': jax.__version__, 'cores': os.cpu_count()}
     if args.big_vision:
         big_vision.check(args.big_vision)
-    sides, pairs = {'ours': our_side(args, batch)}, [('ours again', 'ours')]
+    sides, pairs = {'ours': our_side(args, batch, args.remat)}, [('ours again', 'ours')]
     if args.big_vision:
         sides['big_vision'] = their_side(args, batch)
         pairs += [('big_vision again', 'big_vision'), ('big_vision', 'ours')]
     else:
         print('skipped: big_vision (--big_vision=CHECKOUT names one)')
     if args.accumulate > 1:
-        sides['accumulated'] = our_side(args, batch, args.accumulate)
+        about |= {'accumulate': args.accumulate, 'accumulated remat': args.accumulated_remat or args.remat}
+        sides['accumulated'] = our_side(args, batch, about['accumulated remat'], args.accumulate)
         pairs.append(('accumulated', 'ours'))
+        if args.big_vision:
+            pairs.append(('big_vision', 'accumulated'))
     print(f'{"MiB":16}{"at the peak":>14}{"temporary":>14}')
     for name, side in sides.items():
         print(f'{name:16}{side.peak / 2**20:14,.1f}{side.temporary / 2**20:14,.1f}', flush=True)

@@ -28,3 +28,12 @@ def test_our_side(more, capsys):
     told = json.loads(said[-1])
     assert 0 < told['ours temporary MiB'] < told['ours peak MiB']
     assert told['results'].keys() == {'ours again / ours', 'accumulated / ours'}
+
+
+@pytest.mark.slow
+def test_micro_batches_may_go_without_remat(capsys):
+    size = ['--image=Ti/16', '--text=Ti', '--batch=32', '--size=64', '--length=32', '--vocabulary=50', '--rounds=0']
+    assert train_step.main([*size, '--accumulate=2', '--accumulated_remat=none']) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told['remat'] == 'full' and told['accumulated remat'] == 'none'
+    assert told['accumulated temporary MiB'] > 2 * told['ours temporary MiB'], 'of half as many pairs'

@@ -1,9 +1,9 @@
 """Reading: words and numbers on one to three lines, real handwritten digits among them (`written_lines/mixed`).
 
-A decoder learns it from nothing, by letters: a tokenizer this small has hardly a longer piece, and one word in five is
-new in the evaluation (`held_out`). Scored by character and word error rate.
+A decoder learns it from nothing, by letters: a tokenizer this small has hardly a longer piece, and half the words of
+the evaluation are new (`held_out`). Scored by character and word error rate.
 
-    --config=configs/ocr.py              an hour on two CPU cores, by what its first hundred steps took
+    --config=configs/ocr.py              an hour on two idle CPU cores; scores in docs/scores.md
     --config=configs/ocr.py:smoke
     --config=configs/ocr.py:seed=1,split=validation
 """

@@ -13,7 +13,7 @@ CPU time of all threads is counted, so that other programs are not. For all side
 
 examples:
   python -m tools.bench.input
-  python -m tools.bench.input --height=1080 --method=bilinear
+  python -m tools.bench.input --height=1080 --method=bilinear --quality=75
 """
 
 SIZE = 224
@@ -26,12 +26,13 @@ def parser() -> argparse.ArgumentParser:
     result = command.parser('bench.input', __doc__, EXPLAIN)
     result.add_argument('--height', type=int, choices=tuple(WIDTHS), action='append', help='(default: both)')
     result.add_argument('--method', choices=METHODS, action='append', help='(default: both)')
+    result.add_argument('--quality', type=int, default=90, metavar='Q', help='of the JPEGs, 1 to 100 (default: 90)')
     result.add_argument('--rounds', type=int, default=15, metavar='N', help='(default: 15)')
     return result
 
 
-def photographs(height: int, width: int) -> list[bytes]:
-    """Four JPEGs of quality 90, mosaics of the two photographs at their own resolution."""
+def photographs(height: int, width: int, quality: int) -> list[bytes]:
+    """Four JPEGs, mosaics of the two photographs at their own resolution."""
     import numpy as np
     from PIL import Image
     from sklearn.datasets import load_sample_images
@@ -41,7 +42,7 @@ def photographs(height: int, width: int) -> list[bytes]:
         row = np.concatenate([photos[(turn + n) % 2][:, :: 1 - 2 * (n % 2)] for n in range(4)], axis=1)
         rows = [np.roll(row, 320 * n + 160 * turn, axis=1) for n in range(-(-height // len(row)))]
         data = io.BytesIO()
-        Image.fromarray(np.concatenate(rows)[:height, :width]).save(data, 'JPEG', quality=90)
+        Image.fromarray(np.concatenate(rows)[:height, :width]).save(data, 'JPEG', quality=quality)
         encoded.append(data.getvalue())
     return encoded
 
@@ -56,7 +57,7 @@ def pillow(data: bytes, method: str) -> Any:
         return np.asarray(opened.convert('RGB').resize((SIZE, SIZE), resample))
 
 
-def compare(height: int, method: str, count: int) -> None:
+def compare(height: int, method: str, quality: int, count: int) -> None:
     """One table, and its line of JSON."""
     import numpy as np
 
@@ -69,8 +70,8 @@ def compare(height: int, method: str, count: int) -> None:
     def fast(one: bytes) -> np.ndarray:
         return antialias.resize(images.decode(one, least=2 * SIZE), SIZE, method)
 
-    data = photographs(height, WIDTHS[height])
-    about = {'pictures': f'{len(data)} of {WIDTHS[height]}×{height}', 'method': method}
+    data = photographs(height, WIDTHS[height], quality)
+    about = {'pictures': f'{len(data)} of {WIDTHS[height]}×{height}', 'quality': quality, 'method': method}
     for name, ours in (('decode | resize', exact), ('decode_resize', fast)):
         apart = np.abs(np.stack([pillow(one, method).astype(int) - ours(one) for one in data]))
         about |= {f'{name} off by': round(float(apart.mean()), 3), f'{name} at most': int(apart.max())}
@@ -83,7 +84,7 @@ def compare(height: int, method: str, count: int) -> None:
     }
     times = interleaved.both_clocks(sides, count)
     pairs = [('Pillow', name) for name in sides if name != 'Pillow']
-    interleaved.report('input', about, times, pairs, ('pillow', 'opencv-python-headless', 'numpy'))
+    interleaved.report('input', about, times, pairs, ('pillow', 'simplejpeg', 'opencv-python-headless', 'numpy'))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     keep_memory()
     for height in args.height or WIDTHS:
         for method in args.method or METHODS:
-            compare(height, method, args.rounds)
+            compare(height, method, args.quality, args.rounds)
 
 
 if __name__ == '__main__':

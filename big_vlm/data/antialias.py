@@ -17,10 +17,10 @@ _SUPPORT = {'bilinear': 1.0, 'bicubic': 2.0}  # half the width of each filter, i
 def resize(image: np.ndarray, size: int, method: str) -> np.ndarray:
     """uint8 [H,W,3] → uint8 [size,size,3]; `method` is 'bilinear' or 'bicubic' (Keys' with a = −0.5)."""
     height, width = image.shape[:2]
-    turned = cv2.transpose(image).reshape(width, -1).astype(np.float32)
-    narrowed = cv2.transpose((_filters(width, size, method) @ turned).reshape(size, height, 3))
-    resized = _filters(height, size, method) @ narrowed.reshape(height, -1)
-    return cv2.add(resized, 0.0, dtype=cv2.CV_8U).reshape(size, size, 3)  # rounded, 0 to 255
+    rows = _filters(height, size, method) @ image.reshape(height, -1).astype(np.float32)
+    turned = cv2.transpose(rows.reshape(size, width, 3))
+    resized = _filters(width, size, method) @ turned.reshape(width, -1)
+    return cv2.transpose(cv2.add(resized, 0.0, dtype=cv2.CV_8U).reshape(size, size, 3))  # rounded, 0 to 255
 
 
 @functools.lru_cache(maxsize=128)

@@ -29,9 +29,10 @@ what it makes:
   WORKDIR/lr=0.001,batch_size=64,steps=1000/  the working directory of one run, as big_vlm.main leaves it, and log.txt
   WORKDIR/sweep.html, sweep.csv  one row a run: what is swept, the last loss, every score; the best are marked
 
-All configs are checked before the first run begins. The same command again goes on: finished runs are skipped, one that
-was stopped or killed goes on from its checkpoint, one that failed is tried again. The same command in another shell,
-with another CUDA_VISIBLE_DEVICES, takes a share of the runs. Ctrl-C saves first; again, it ends at once.
+All configs are checked before the first run begins; --slurm writes its file all the same, and warns. The same command
+again goes on: finished runs are skipped, one that was stopped or killed goes on from its checkpoint, one that failed is
+tried again. The same command in another shell, with another CUDA_VISIBLE_DEVICES, takes a share of the runs. Ctrl-C
+saves first; again, it ends at once.
 
 examples:
   python -m tools.sweep --config=configs/quickstart.py:smoke --workdir=runs/lr --sweep.pretrain.optimizer.lr=3e-4,1e-3
@@ -82,6 +83,10 @@ def run(argv: list[str]) -> int:
         except OSError as error:
             raise UserError(f'--slurm={args.slurm}: cannot be written ({error.strerror})') from error
         print(f'{len(runs)} runs: sbatch {args.slurm}')
+        try:
+            sweep.check(runs, workdir)
+        except UserError as error:  # where it will run there may be more devices, and the data
+            print(f'warning: on this machine it would be refused: {error}', file=sys.stderr)
     elif args.table:
         _show(runs, workdir)
     else:

@@ -11,6 +11,8 @@ from big_vlm.metrics import retrieval
 
 CAPTIONS = 5  # of an image, at most
 _KS = (1, 5, 10)
+_WAYS = ('image_to_text', 'text_to_image')
+METRICS = tuple(f'{way}/R@{k}' for way in _WAYS for k in _KS)
 
 
 def run(
@@ -63,10 +65,8 @@ def run(
     similarity = np.concatenate(images) @ scores_lib.finite(embed_text([t for own in texts for t in own]), 'text').T
     ks = [k for k in _KS if k < len(texts)] or _KS[:1]
     result: scores_lib.Scores = {}
-    for name, matrix, queries, targets in (
-        ('image_to_text', similarity, of_image, of_text),
-        ('text_to_image', similarity.T, of_text, of_image),
-    ):
+    sides = (similarity, of_image, of_text), (similarity.T, of_text, of_image)
+    for name, (matrix, queries, targets) in zip(_WAYS, sides, strict=True):
         recall = retrieval.recall_at_k(matrix, queries, targets, ks)
         for k in ks:
             chance = retrieval.recall_at_k_chance(queries, targets, k)

@@ -2,7 +2,7 @@
 
 from big_vlm.config import Eval, Stage, UserError, unknown
 from big_vlm.data import sources, transforms
-from big_vlm.evaluators import answer_metrics, calibration, perplexity, reconstruction, zero_shot
+from big_vlm.evaluators import answer_metrics, calibration, perplexity, reconstruction, retrieval, zero_shot
 
 NEEDS = {
     'zero_shot': 'contrastive',
@@ -13,10 +13,10 @@ NEEDS = {
     'perplexity': 'generative',
     'reconstruction': 'mask_autoencoder',
 }
-# What their scores are called, before a first '/'; of generation what its `metrics` say.
+# What their scores are called, before the '/' of a slice; of generation what its `metrics` say.
 METRICS = {
     'zero_shot': ('accuracy',),
-    'retrieval': ('image_to_text', 'text_to_image'),
+    'retrieval': retrieval.METRICS,
     'linear_probe': ('accuracy',),
     'generation': (),
     'calibration': ('accuracy', *calibration.ERRORS, 'selective_accuracy'),
@@ -78,9 +78,11 @@ def _check_best(stage: Stage, where: str) -> None:
     best = stage.checkpoint.best
     if not best:
         return
-    which, metric = best.split('/')[:2]
-    if metric not in (made := METRICS[stage.evals[which].kind] or stage.evals[which].metrics):
-        raise unknown('metric', metric, made, where)
+    which, _, name = best.partition('/')
+    made = METRICS[stage.evals[which].kind] or stage.evals[which].metrics
+    metric = next((metric for metric in made if f'{name}/'.startswith(f'{metric}/')), None)
+    if metric is None:
+        raise unknown('metric', name, made, where)
     errors = {name for name, known in answer_metrics.METRICS.items() if known.lower_is_better}
     if metric in errors | {*calibration.ERRORS, perplexity.NAME} and stage.checkpoint.best_is == 'max':
         raise UserError(f"{where}: of {best} less is better, and the highest would be kept: set best_is='min'")

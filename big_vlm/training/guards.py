@@ -97,8 +97,8 @@ class BadBatches:
             step,
             self.row[0],
             f'{what}{row}',
-            f'lower optimizer.lr or lengthen optimizer.warmup, or look at the examples named in {self._path}. The '
-            'newest checkpoint is from before',
+            f'lower optimizer.lr or lengthen optimizer.warmup, or look at the examples named in {self._path}. '
+            'Nothing was saved since',
         )
 
 

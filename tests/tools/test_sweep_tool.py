@@ -187,6 +187,13 @@ def test_slurm(place, monkeypatch, capsys):
     assert run.endswith(f'python -m big_vlm.main {flags} --distributed') and again == 'scontrol requeue 12'
 
 
+def test_slurm_warns_of_what_would_be_refused_here(place, capsys):
+    assert begin(place, f'--slurm={place}/array.sh') == 0
+    assert '--array=0-2' in (place / 'array.sh').read_text()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith('warning: on this machine it would be refused: ') and 'the pipeline is empty' in line
+
+
 @pytest.mark.slow
 def test_for_real(tiny_digit_scenes, tmp_path):
     """A run of one stage that is stopped half way, and goes on with the same command."""

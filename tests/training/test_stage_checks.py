@@ -61,6 +61,10 @@ def test_stages_that_share_a_tokenizer_ask_for_one_size(tmp_path):
             {'transfer__evals__answer__every': 1, 'transfer__checkpoint__best': 'answer/exact_mach'},
             r"unknown metric 'exact_mach' \(config\.transfer\.checkpoint\.best\): did you mean 'exact_match'",
         ),
+        (
+            {'pretrain__evals__retrieval__every': 1, 'pretrain__checkpoint__best': 'retrieval/image_to_text'},
+            r"unknown metric 'image_to_text' \(config\.pretrain\.checkpoint\.best\): did you mean 'image_to_text/R@",
+        ),
         ({'multimodal__init_from__fresh': ('img/hed/.*',)}, r"multimodal\.init_from\.fresh: 'img/hed/\.\*' matches no"),
         ({'multimodal__init_from__fresh': ('img/(',)}, r"init_from\.fresh: 'img/\(' is no regular expression"),
         ({'multimodal__init_from__parts': {'im': 'img'}}, r"unknown part 'im' .*multimodal\.init_from\.parts.*'img'"),

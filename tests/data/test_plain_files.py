@@ -221,6 +221,35 @@ def test_a_split_of_several_configurations_is_refused(parquet):
         sources.load(f'hf:{parquet}', 'dev+test')
 
 
+def test_splits_by_name(tmp_path):
+    """A file says which split it is of, however much else its name says; files of several are never one split."""
+    for place, names in (
+        ('plain', ('train', 'test', 'validation')),
+        ('numbered', ('train-00000', 'train-00001', 'test-00000')),
+        ('dotted/data', ('train.clean-00000-of-00001', 'test.clean-00000-of-00001-1a2b')),
+        ('configuration/first', ('train', 'test')),
+        ('converted', ('train/0000', 'train/0001', 'test/0000')),
+        ('parts', ('part-00000', 'part-00001')),
+        ('hyphens', ('train-clean-0-of-1', 'test-clean-0-of-1', 'a-1-train', 'a-1-test')),
+    ):
+        for name in names:
+            (tmp_path / place / name).parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.table({'from': [name]}), tmp_path / place / f'{name}.parquet')
+
+    def read(place, split):
+        return [record['from'] for record in sources.load(f'hf:{tmp_path}/{place}', split)]
+
+    assert [read('plain', split) for split in ('train', 'test', 'validation')] == [['train'], ['test'], ['validation']]
+    assert read('numbered', 'train') == ['train-00000', 'train-00001'] and read('numbered', 'test') == ['test-00000']
+    assert read('dotted', 'test.clean') == ['test.clean-00000-of-00001-1a2b']
+    assert read('dotted', 'train.clean[:1]') == ['train.clean-00000-of-00001']
+    with pytest.raises(UserError, match=r"unknown split 'train' .*did you mean 'train.clean'"):
+        read('dotted', 'train')
+    assert read('configuration', 'train') == ['train'] and read('converted', 'train') == ['train/0000', 'train/0001']
+    assert read('parts', 'train') == ['part-00000', 'part-00001']
+    assert read('hyphens', 'test-clean') == ['test-clean-0-of-1'] and read('hyphens', 'a-1-test') == ['a-1-test']
+
+
 def test_damaged_files(parquet):
     file = parquet / 'data' / 'train-00000-of-00002.parquet'
     whole = file.read_bytes()

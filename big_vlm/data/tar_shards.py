@@ -3,11 +3,14 @@
     000123.jpg, 000123.txt, 000123.json, 000123.cls
 
 become one record: `image` the picture's bytes, `caption` the text, `label` the number, `key` the shared name, and such
-fields of the JSON object as no member has. Folders and hidden members (macOS writes a ._000123.jpg beside each) are
-passed over. Members are found in one pass over the headers, which is remembered of a tar behind an address, and then
-read where they lie, those of a record at once.
+fields of the JSON object as no member has. Any other member is a field called as its suffix (000123.answer,
+000123.en.txt: `answer`, `en.txt`), a text if it is UTF-8.
+
+Folders and hidden members (macOS writes a ._000123.jpg beside each) are passed over. Members are found in one pass over
+the headers, which is remembered of a tar behind an address, and then read where they lie, those of a record at once.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -96,12 +99,20 @@ def _fields(suffix: str, data: bytes, where: str) -> dict:
                 raise ValueError('no JSON object')
             return fields
         if suffix == '.txt':
-            return {'caption': data.decode().strip()}
+            return {'caption': _text(data)}
         if suffix in ('.cls', '.cls.txt'):
-            return {'label': int(data)}
+            return {'label': int(_text(data))}
     except (ValueError, RecursionError) as error:
         raise BadRecord(f'{where}{suffix}: {error}') from error
-    return {suffix.lstrip('.'): data}
+    value: str | bytes = data
+    if not suffix.endswith(PICTURES) and b'\0' not in data:
+        with contextlib.suppress(UnicodeDecodeError):
+            value = _text(data)
+    return {suffix.lstrip('.'): value}
+
+
+def _text(data: bytes) -> str:
+    return data.decode('utf-8-sig').strip()
 
 
 def files(pattern: paths.AnyPath) -> list[paths.AnyPath]:

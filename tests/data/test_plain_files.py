@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from big_vlm.config import UserError
-from big_vlm.data import arrow_files, images, operations, sources
+from big_vlm.data import arrow_files, fields, images, operations, sources
 from big_vlm.data.indexed import BadRecord
 
 
@@ -137,6 +137,19 @@ def test_bad_members_are_bad_records(tmp_path):
     assert source[5]['caption'] == 'fine' and source.features == ('key', 'caption')
     members = [('a.png', picture(1)), ('b.png', picture(2)), ('b.txt', b'fine')]  # the first example has no text
     assert sources.load(f'tar:{tar(tmp_path / "b.tar", members)}', 'train').features == ('key', 'image', 'caption')
+
+
+def test_texts_in_a_tar(tmp_path):
+    """Whatever is UTF-8 is text, without the mark that some editors begin a file with; pipelines and scores name it."""
+    members = [('a.png', picture(1)), ('a.seg.png', b'P'), ('a.question', b'how many?\n'), ('a.raw', b'a\0b')]
+    members += [('a.answer', b'\xef\xbb\xbftwo \xc3\xbc'), ('a.en.txt', b'two'), ('a.npy', b'\x93NUMPY')]
+    members += [('a.cls', b'7\n')]
+    [record] = sources.load(f'tar:{tar(tmp_path / "a.tar", members)}', 'train')
+    assert record.pop('image') == picture(1) and record == {
+        'key': 'a', 'seg.png': b'P', 'question': 'how many?', 'raw': b'a\0b', 'answer': 'two ü', 'en.txt': 'two',
+        'npy': b'\x93NUMPY', 'label': 7,
+    }  # fmt: skip
+    assert fields.fill(record, '{question} {en.txt}') == 'how many? two'
 
 
 def test_a_json_member_replaces_no_other(tmp_path):

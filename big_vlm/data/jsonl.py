@@ -86,7 +86,8 @@ def parse(line: bytes, folder: paths.AnyPath, where: str) -> dict:
 def _below(folder: paths.AnyPath, name: str, where: str, what: str) -> paths.AnyPath:
     # Opened as it is spelt here: '..' behind a link would lead elsewhere than it reads.
     inside = os.path.normpath(name)
-    if os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir or '\0' in name:
+    chained = isinstance(folder, paths.Remote) and '::' in name  # fsspec would read what follows as an address
+    if os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir or '\0' in name or chained:
         raise UserError(f'{where}: {what} {name!r} is not below {folder}: name it relative to that folder')
     return folder / inside
 

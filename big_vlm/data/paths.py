@@ -4,7 +4,8 @@
 
 Pictures, members of tar files and groups of parquet rows are read when they are asked for, by ranges of bytes, and not
 kept. A file of lines or of arrow, which is read all over, is copied into CACHE once, and the index of a tar is kept
-there; a file that changed is copied anew. CACHE is never cleaned up: delete it when no run uses it.
+there; a file that changed is copied anew. CACHE is never cleaned up: delete it when no run uses it. Addresses chained
+by '::', as of members of a zip, are refused.
 """
 
 import dataclasses
@@ -123,8 +124,10 @@ AnyPath = Path | Remote
 
 
 def at(name: str | os.PathLike, folder: str = '') -> AnyPath:
-    """The path of that name, below `folder` unless it is absolute or an address."""
+    """The path of that name, below `folder` unless it is absolute or an address. Raises UserError for chained ones."""
     for start, rest in ((name, ''), (folder, name)):
+        if '::' in str(start) and '://' in str(start):
+            raise UserError(f'{start}: addresses chained by :: are not read: write one, of unpacked files')
         if isinstance(start, str) and _ADDRESS.match(start):
             if start.startswith('file://'):
                 return Path(start.removeprefix('file://'), rest)

@@ -194,6 +194,33 @@ def test_refused(memory, tmp_path):
         sources.load('memory://photos/outside.jsonl', 'train')[1]
 
 
+@pytest.mark.parametrize(
+    ('dataset', 'data_dir'),
+    [
+        ('zip://photos/lines.jsonl::photos.zip', ''),
+        ('lines.jsonl', 'zip://::photos.zip'),
+        ('folder:zip://photos::photos.zip', ''),
+        ('folder:photos', 'zip://::photos.zip'),
+        ('tar:simplecache::memory://shards/a-*.tar', ''),
+        ('simplecache::memory://photos/lines.jsonl', ''),
+        ('simplecache::memory://photos', ''),
+        ('hf:rows', 'filecache::memory://'),
+        ('coco_captions', 'zip://::photos.zip'),
+    ],
+)
+def test_chains_of_addresses_are_refused(dataset, data_dir):
+    for question in (sources.load, sources.check):
+        with pytest.raises(UserError, match=r'::.*: addresses chained by :: are not read') as error:
+            question(dataset, 'train', data_dir)
+        assert '\n' not in str(error.value)
+
+
+def test_a_picture_is_no_chain_of_addresses(memory):
+    memory.pipe('/photos/chained.jsonl', b'{"image": "0.png"}\n{"image": "0.png::file:///etc/passwd"}')
+    with pytest.raises((UserError, ValueError), match=r'passwd.* is not below memory://photos'):
+        sources.load('memory://photos/chained.jsonl', 'train')[1]
+
+
 def test_paths_begin_where_they_say():
     assert str(paths.at('a.jsonl', 'memory://b/')) == 'memory://b/a.jsonl'
     assert str(paths.at('memory://b/a.jsonl', 'memory://c')) == 'memory://b/a.jsonl'

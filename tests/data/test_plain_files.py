@@ -152,6 +152,17 @@ def test_texts_in_a_tar(tmp_path):
     assert fields.fill(record, '{question} {en.txt}') == 'how many? two'
 
 
+def test_several_pictures_and_videos_in_a_tar(tmp_path):
+    members = [(f'a.{n}.png', picture(n)) for n in (0, 10, 2)] + [('a.mp4', b'film'), ('a.txt', b'three')]
+    members += [('b.mp4', b'film'), ('b.json', b'{"image": "b.png", "question": "what?"}')]
+    members += [('c.webm', b'film'), ('c.1.png', picture(1)), ('c.jpg', picture(3))]
+    several, video, one = sources.load(f'tar:{tar(tmp_path / "a.tar", members)}', 'train')
+    assert [shade(image) for image in several.pop('image')] == [0, 2, 10]
+    assert several == {'key': 'a', 'mp4': b'film', 'caption': 'three'}
+    assert video == {'key': 'b', 'image': b'film', 'question': 'what?'}
+    assert shade(one.pop('image')) == 3 and one == {'key': 'c', 'webm': b'film', '1.png': picture(1)}
+
+
 def test_a_json_member_replaces_no_other(tmp_path):
     theirs = {'image': 'elsewhere.png', 'caption': 'no', 'label': 9, 'key': 'no', 'n': 1}
     members = [('a.png', picture(7)), ('a.txt', b'yes'), ('a.cls', b'3'), ('a.json', json.dumps(theirs).encode())]

@@ -136,6 +136,16 @@ def at(name: str | os.PathLike, folder: str = '') -> AnyPath:
     return Path(folder, name).expanduser()
 
 
+def folders(path: AnyPath) -> list[str]:
+    """Names of the folders right below, links left out. Raises OSError."""
+    if isinstance(path, Remote):
+        own, found = path.ask(lambda fs, name: (name.rstrip('/'), fs.ls(name, detail=True)))
+        below = [one['name'].rstrip('/') for one in found if one['type'] == 'directory']
+        return [posixpath.basename(name) for name in below if name != own]  # object stores may list the folder itself
+    with os.scandir(path) as found:
+        return [one.name for one in found if one.is_dir(follow_symlinks=False)]
+
+
 def read(path: str | os.PathLike | Remote, start: int = 0, size: int | None = None) -> bytes:
     """All of a file, or a range of its bytes. Raises OSError."""
     if isinstance(path, Remote):

@@ -139,6 +139,14 @@ def test_every_kind_of_files(memory, dataset, split, data_dir, expected):
     assert seen(pickle.loads(pickle.dumps(source))) == expected
 
 
+def test_classes_behind_an_address(memory):
+    for name in ('cat/0', 'fox/deep/1'):
+        memory.pipe(f'/pets/{name}.png', picture(1))
+    memory.mkdir('/pets/dog')
+    source = sources.load('folder:memory://pets', 'train')
+    assert [(record['class'], record['label']) for record in source] == [('cat', 0), ('fox', 2)]
+
+
 def test_a_web_server(web, cache):
     """A line's picture is fetched when it is decoded; of a tar, the bytes of a record, and its index once."""
     context = transforms.Context(Contract.__new__(Contract), None, train=True)

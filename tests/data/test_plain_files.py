@@ -47,9 +47,17 @@ def test_a_class_per_folder(pets):
     assert pickle.loads(pickle.dumps(source))[2] == source[2]
 
 
+def test_an_empty_folder_is_a_class(pets):
+    for name in ('cow', '.git'):
+        (pets / name).mkdir()
+    (pets / 'ant').symlink_to(pets / 'dog')
+    source = sources.load(f'folder:{pets}', 'train')
+    assert source.classes == ['cat', 'cow', 'dog'] and [record['label'] for record in source] == [0, 0, 2]
+
+
 def test_captions_beside_pictures(pets):
-    for name in ('cat/0', 'dog/b/2'):
-        (pets / f'{name}.txt').write_text(f'a {name} ü\n', encoding='utf-8')
+    for name, encoding in (('cat/0', 'utf-8-sig'), ('dog/b/2', 'utf-8')):
+        (pets / f'{name}.txt').write_text(f'a {name} ü\n', encoding=encoding)
     source = sources.load(f'folder:{pets}', 'train')
     assert [source[0]['caption'], source[2]['caption']] == ['a cat/0 ü', 'a dog/b/2 ü']
     with pytest.raises(BadRecord, match=r'cat/1.PNG: no caption: .*No such file'):

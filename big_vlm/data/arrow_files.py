@@ -2,8 +2,10 @@
 writes them.
 
     data/train-00000-of-00002.parquet, data/test-00000-of-00001.parquet       splits by name
-    train/data-00000-of-00001.arrow, test/data-00000-of-00001.arrow           splits by folder
+    train.parquet, test.clean-00000.parquet                                   the same: 'train', 'test.clean'
+    train/data-00000-of-00001.arrow, test/0000.parquet                        splits by folder
 
+A name without its number is the split's, unless that is data, part or nothing; files of no split are 'train'.
 A picture is its encoded bytes, whichever way the column holds it. Arrow files are mapped and a row costs what it holds;
 of a parquet file a whole group of rows is decoded, the last ones are kept, and rows of one group asked for together are
 decoded once: for random reading write small groups (`row_group_size=100`) or arrow files.
@@ -22,7 +24,8 @@ from big_vlm.config import UserError, unknown
 from big_vlm.data import paths
 from big_vlm.data.indexed import SPLIT, BadRecord, Indexed, files_of, plain
 
-_NAMED = re.compile(r'(\w+?)-\d+-of-\d+(?:-\w+)?$')
+_NUMBER = re.compile(r'(^|-)\d+(-of-\d+(-\w+)?)?$')
+_UNNAMED = ('', 'data', 'part')
 _DAMAGED = (pa.ArrowException, OSError, ValueError)
 
 
@@ -31,14 +34,14 @@ class ArrowFiles(Indexed):
 
     Args:
       path: a folder, or one file of either kind.
-      split: a split's name or parts of one; 'train' where files say nothing else.
+      split: a split's name or parts of one.
 
     Raises UserError for no such files, a file that is none, an unknown split, a slice that is none.
     """
 
     def __init__(self, path: paths.AnyPath, split: str = SPLIT):
         self.path, found = path, splits_of(path)
-        names = {re.match(r'[\w-]*', part.strip())[0] for part in split.split('+')}
+        names = {re.match(r'[^[]*', part.strip())[0] for part in split.split('+')}
         if len(names) > 1:
             raise UserError(f'{path}: {split} is of several splits: give each a source of its own')
         [name] = names
@@ -84,9 +87,10 @@ def splits_of(path: paths.AnyPath) -> dict[str, list[paths.AnyPath]]:
     ]
     found: dict[str, list[paths.AnyPath]] = {}
     for file in files_of(below, f'*.parquet or *.arrow in {path}'):
-        named = _NAMED.match(file.stem)
-        name = named[1] if named and named[1] != 'data' else file.parent.name if file.parent != path else SPLIT
-        found.setdefault(SPLIT if name == 'data' else name, []).append(file)
+        name = _NUMBER.sub('', file.stem)
+        if name in _UNNAMED:
+            name = file.parent.name if file.parent != path else ''
+        found.setdefault(SPLIT if name in _UNNAMED else name, []).append(file)
     return found
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from big_vlm.data.transforms import Context
 
 Example = dict[str, Any]
-_FIELD = re.compile(r'\{(\w+(?:/\w+)*)\}')
+_FIELD = re.compile(r'\{(\w[\w.-]*(?:/\w[\w.-]*)*)\}')
 _LETTERS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'
 
 

@@ -6,6 +6,7 @@ import io
 import os
 import struct
 from collections.abc import Iterator
+from typing import Any
 
 import cv2
 import numpy as np
@@ -55,6 +56,13 @@ def decode(image: ImageLike, least: int = 0) -> np.ndarray:
                 width, height = (-(-side // _part(min(opened.size), least)) for side in opened.size)
                 return simplejpeg.decode_jpeg(image, min_height=height, min_width=width)
         return _from_pillow(opened)
+
+
+def of_record(value: Any, name: str) -> bytes | paths.AnyPath | np.ndarray:
+    """A record's field of that name. Raises ValueError for a text or a number: only a source says which file is one."""
+    if not isinstance(value, bytes | paths.AnyPath | np.ndarray):
+        raise ValueError(f'{name} is no picture but {type(value).__name__}: {str(value)[:80]!r}')
+    return value
 
 
 def levels(image: bytes | paths.AnyPath | np.ndarray, indices: bool = False) -> np.ndarray:

@@ -83,9 +83,13 @@ class Indexed(abc.ABC):
 
 def part(count: int, split: str, name: str, splits: Iterable[str] = (SPLIT,)) -> np.ndarray:
     """int64, the positions that `split` means among `count` records. Raises UserError, with `name`, for none."""
-    infos = {key: tfds.core.SplitInfo(name=key, shard_lengths=[count], num_bytes=0) for key in splits}
+    spec, infos = split, {}
+    for key in splits:
+        known = key.replace('.', '_')  # TFDS's language has no dot in a split's name
+        infos[known] = tfds.core.SplitInfo(name=known, shard_lengths=[count], num_bytes=0)
+        spec = spec.replace(key, known)
     try:
-        parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
+        parts = tfds.core.ReadInstruction.from_spec(spec).to_absolute(infos)
     except ValueError as error:
         raise UserError(f'cannot read {name}: {str(error).partition(chr(10))[0]}') from error
     chosen = np.concatenate([np.arange(some.from_ or 0, count if some.to is None else some.to) for some in parts])

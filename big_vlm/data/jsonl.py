@@ -5,7 +5,8 @@
 `image` is a path relative to the file's own folder, which may be behind an address, and stays within it, or a list of
 several; a decoder alone needs none. All other fields are the pipeline's. Boxes are columns, as in a TFDS record, edges
 in 0..1: `"objects": {"bbox": [[y1, x1, y2, x2]], "label": ["boat"]}`. A column `"mask": ["masks/001_0.png"]` beside
-them names pictures of the same size, black but for the object, by such paths.
+them names pictures of the same size, black but for the object, by such paths; so does a text `instances` one of all
+objects (see `objects`).
 """
 
 import os
@@ -27,8 +28,8 @@ class JsonLines(Indexed):
     """The lines of a file, or of a part of it.
 
     `record['image']` is a path, which the operation `decode` opens: a picture that is not there is a bad example, and
-    replaced like any other; so is a line that is no JSON object. Lines are found once, in one pass over the file, and
-    then read at random access; those of white space alone do not count.
+    replaced like any other; so is a line that is no JSON object, or names a picture outside the folder. Lines are found
+    once, in one pass over the file, and then read at random access; those of white space alone do not count.
 
     Args:
       path: of the file.
@@ -36,7 +37,6 @@ class JsonLines(Indexed):
 
     Raises:
       UserError: a file that cannot be read or has no lines that can, a line longer than MAX_LINE, a slice that is none.
-        Reading a record raises it for one whose image lies outside the folder.
     """
 
     def __init__(self, path: paths.AnyPath, split: str = SPLIT):
@@ -60,7 +60,7 @@ class JsonLines(Indexed):
 
 def parse(line: bytes, folder: paths.AnyPath, where: str) -> dict:
     """The record of a line, its `image` (or a list of them), if it has one, and masks paths below `folder`. Raises
-    BadRecord or, for a picture that is elsewhere, UserError; both begin with `where`."""
+    BadRecord, which begins with `where`, for what is no record and for a picture that is elsewhere."""
     try:
         record = parse_json(line)
     except (ValueError, RecursionError) as error:
@@ -74,6 +74,8 @@ def parse(line: bytes, folder: paths.AnyPath, where: str) -> dict:
             raise BadRecord(f"{where}: no text in 'image', the picture's path")
         pictures = [_below(folder, name, where, 'image') for name in names]
         record['image'] = pictures if isinstance(image, list) else pictures[0]
+    if isinstance(record.get('instances'), str):
+        record['instances'] = _below(folder, record['instances'], where, 'instances')
     objects = record.get('objects')
     if isinstance(objects, dict) and 'mask' in objects:
         masks = objects['mask']
@@ -86,8 +88,9 @@ def parse(line: bytes, folder: paths.AnyPath, where: str) -> dict:
 def _below(folder: paths.AnyPath, name: str, where: str, what: str) -> paths.AnyPath:
     # Opened as it is spelt here: '..' behind a link would lead elsewhere than it reads.
     inside = os.path.normpath(name)
-    if os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir or '\0' in name:
-        raise UserError(f'{where}: {what} {name!r} is not below {folder}: name it relative to that folder')
+    chained = isinstance(folder, paths.Remote) and '::' in name  # fsspec would read what follows as an address
+    if os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir or '\0' in name or chained:
+        raise BadRecord(f'{where}: {what} {name!r} is not below {folder}: name it relative to that folder')
     return folder / inside
 
 

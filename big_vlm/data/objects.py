@@ -50,12 +50,9 @@ def decoded_masks(example: Example) -> np.ndarray:
     objects = fields.get(example, 'objects')
     count = len(objects['bbox'])
     if 'mask' in objects:
-        # A text is no picture: only a source says which file is one.
-        if any(isinstance(mask, str) for mask in objects['mask']):
-            raise ValueError('objects/mask holds texts, and no pictures')
-        masks = [images.levels(mask) > 0 for mask in objects['mask']]
+        masks = [images.levels(images.of_record(mask, 'objects/mask')) > 0 for mask in objects['mask']]
     elif 'instances' in example:
-        numbers = images.levels(example['instances'], indices=True)
+        numbers = images.levels(images.of_record(example['instances'], 'instances'), indices=True)
         masks = [numbers == i + 1 for i in range(count)]
     else:
         raise ValueError('masks: the record has neither objects/mask nor instances')

@@ -38,7 +38,7 @@ import numpy as np
 
 from big_vlm.config import UserError, unknown
 from big_vlm.data import antialias as smoothing
-from big_vlm.data import augmentations, fields, images, mask_codes, objects, paths, prompts, segmentation, videos
+from big_vlm.data import augmentations, fields, images, mask_codes, objects, prompts, segmentation, videos
 from big_vlm.data import naflex as patches
 from big_vlm.data import views as crops
 from big_vlm.data.builders import scene_language
@@ -54,22 +54,15 @@ def decode(example: Example, context: 'Context', key: str = 'image') -> None:
     """Encoded picture → uint8 [H,W,3] (`images.decode`), a list of them → a list."""
     picture = fields.get(example, key)
     several = isinstance(picture, list | tuple)
-    decoded = [images.decode(_encoded(one, key)) for one in (picture if several else [picture])]
+    decoded = [images.decode(images.of_record(one, key)) for one in (picture if several else [picture])]
     example[key] = decoded if several else decoded[0]
-
-
-def _encoded(picture: Any, key: str) -> Any:
-    """Itself. A text is no picture: only a source says which file is one."""
-    if not isinstance(picture, bytes | paths.AnyPath | np.ndarray):
-        raise ValueError(f'{key} is no picture but {type(picture).__name__}: {str(picture)[:80]!r}')
-    return picture
 
 
 def frames(example: Example, context: 'Context', count: Annotated[int, 1]) -> None:
     """A video's file or bytes, or a list of its frames → a list of `count` uint8 [H,W,3], or all (`videos.frames`)."""
     video = fields.get(example, 'image')
     for one in video if isinstance(video, list | tuple) else [video]:
-        _encoded(one, 'image')
+        images.of_record(one, 'image')
     example['image'] = videos.frames(video, count)
 
 
@@ -112,7 +105,7 @@ def decode_resize(example: Example, context: 'Context', size: int) -> None:
         raise UserError(f'decode_resize({size}), but contract.antialias is False: write decode | resize({size})')
     several = fields.get(example, 'image')
     pictures = several if isinstance(several, list | tuple) else [several]
-    decoded = [images.decode(_encoded(one, 'image'), least=2 * size) for one in pictures]
+    decoded = [images.decode(images.of_record(one, 'image'), least=2 * size) for one in pictures]
     _set_resized(example, context, [smoothing.resize(picture, size, contract.resample) for picture in decoded])
 
 

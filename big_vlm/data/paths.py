@@ -4,7 +4,8 @@
 
 Pictures, members of tar files and groups of parquet rows are read when they are asked for, by ranges of bytes, and not
 kept. A file of lines or of arrow, which is read all over, is copied into CACHE once, and the index of a tar is kept
-there; a file that changed is copied anew. CACHE is never cleaned up: delete it when no run uses it.
+there; a file that changed is copied anew. CACHE is never cleaned up: delete it when no run uses it. Addresses chained
+by '::', as of members of a zip, are refused.
 """
 
 import dataclasses
@@ -123,14 +124,26 @@ AnyPath = Path | Remote
 
 
 def at(name: str | os.PathLike, folder: str = '') -> AnyPath:
-    """The path of that name, below `folder` unless it is absolute or an address."""
+    """The path of that name, below `folder` unless it is absolute or an address. Raises UserError for chained ones."""
     for start, rest in ((name, ''), (folder, name)):
+        if '::' in str(start) and '://' in str(start):
+            raise UserError(f'{start}: addresses chained by :: are not read: write one, of unpacked files')
         if isinstance(start, str) and _ADDRESS.match(start):
             if start.startswith('file://'):
                 return Path(start.removeprefix('file://'), rest)
             address = Remote(start if start.endswith('://') else start.rstrip('/'))
             return address / rest if rest else address
     return Path(folder, name).expanduser()
+
+
+def folders(path: AnyPath) -> list[str]:
+    """Names of the folders right below, links left out. Raises OSError."""
+    if isinstance(path, Remote):
+        own, found = path.ask(lambda fs, name: (name.rstrip('/'), fs.ls(name, detail=True)))
+        below = [one['name'].rstrip('/') for one in found if one['type'] == 'directory']
+        return [posixpath.basename(name) for name in below if name != own]  # object stores may list the folder itself
+    with os.scandir(path) as found:
+        return [one.name for one in found if one.is_dir(follow_symlinks=False)]
 
 
 def read(path: str | os.PathLike | Remote, start: int = 0, size: int | None = None) -> bytes:

@@ -155,6 +155,7 @@ def _plain_kind(dataset: str) -> str:
     if dataset.endswith('.jsonl'):
         return 'jsonl'
     if colon and kind not in _PLAIN and not re.match(r'[\d*]', rest):  # TFDS: name:1.0.0
+        paths.at(dataset)  # its own word on a chain of addresses, which begins like a kind
         raise unknown('kind of files', kind, [k for k in _PLAIN if k != 'jsonl'], dataset)
     return kind if colon and kind in _PLAIN else ''
 

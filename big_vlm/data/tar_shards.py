@@ -3,11 +3,15 @@
     000123.jpg, 000123.txt, 000123.json, 000123.cls
 
 become one record: `image` the picture's bytes, `caption` the text, `label` the number, `key` the shared name, and such
-fields of the JSON object as no member has. Folders and hidden members (macOS writes a ._000123.jpg beside each) are
-passed over. Members are found in one pass over the headers, which is remembered of a tar behind an address, and then
-read where they lie, those of a record at once.
+fields of the JSON object as no member has. Any other member is a field called as its suffix (000123.answer,
+000123.en.txt: `answer`, `en.txt`), a text if it is UTF-8. Where no picture is called so, `image` is a list of numbered
+ones in their order (000123.0.jpg, 000123.1.jpg: a name's key ends at its first dot), or else a video (000123.mp4).
+
+Folders and hidden members (macOS writes a ._000123.jpg beside each) are passed over. Members are found in one pass over
+the headers, which is remembered of a tar behind an address, and then read where they lie, those of a record at once.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -25,6 +29,8 @@ from big_vlm.data.indexed import SPLIT, BadRecord, Indexed, files_of, parse_json
 
 _log = logging.getLogger(__name__)
 _RANGE = re.compile(r'\{(\d+)\.\.(\d+)\}')
+_NUMBERED = re.compile(r'(\d{1,9})(\.\w+)')
+_VIDEOS = ('.mp4', '.webm', '.avi')
 
 
 class TarShards(Indexed):
@@ -83,6 +89,13 @@ class TarShards(Indexed):
             suffix = str(self._suffixes[i])
             fields = _fields(suffix, data[start : start + size], f'{self.files[number]}: {key}')
             (more if suffix == '.json' else record).update(fields)
+        if 'image' not in record:
+            numbered = [match for name in record if (match := _NUMBERED.fullmatch(name)) and match[2] in PICTURES]
+            videos = [name for name in record if f'.{name}' in _VIDEOS]
+            if numbered:
+                record['image'] = [record.pop(match[0]) for match in sorted(numbered, key=lambda match: int(match[1]))]
+            elif videos:
+                record['image'] = record.pop(videos[0])
         return more | record
 
 
@@ -96,12 +109,20 @@ def _fields(suffix: str, data: bytes, where: str) -> dict:
                 raise ValueError('no JSON object')
             return fields
         if suffix == '.txt':
-            return {'caption': data.decode().strip()}
+            return {'caption': _text(data)}
         if suffix in ('.cls', '.cls.txt'):
-            return {'label': int(data)}
+            return {'label': int(_text(data))}
     except (ValueError, RecursionError) as error:
         raise BadRecord(f'{where}{suffix}: {error}') from error
-    return {suffix.lstrip('.'): data}
+    value: str | bytes = data
+    if not suffix.endswith(PICTURES + _VIDEOS) and b'\0' not in data:
+        with contextlib.suppress(UnicodeDecodeError):
+            value = _text(data)
+    return {suffix.lstrip('.'): value}
+
+
+def _text(data: bytes) -> str:
+    return data.decode('utf-8-sig').strip()
 
 
 def files(pattern: paths.AnyPath) -> list[paths.AnyPath]:

@@ -98,7 +98,7 @@ def test_where(folder):
 )
 def test_a_bad_line_is_named(folder, line, message):
     source = sources.load(write(folder, '{"image": "a.png"}', '', line), 'train')
-    with pytest.raises(UserError if 'below' in message else BadRecord) as error:
+    with pytest.raises(BadRecord) as error:
         source[1]
     assert f'{folder}/other.jsonl' in str(error.value) and message in str(error.value)
     assert '\n' not in str(error.value)
@@ -132,16 +132,18 @@ def test_it_is_checked_without_being_read(folder):
 
 
 def test_batches(folder, caplog):
-    """A picture that is not there is a bad example and replaced; a field that is not there stops the run."""
+    """A picture that is not there, or not below the folder, is a bad example and replaced; a field that is not there
+    stops the run."""
     with open(folder / 'captions.jsonl', 'ab') as file:
         file.write(b'\n{"image": "walls/none.png", "caption": "a missing wall"}')
+        file.write(b'\n{"image": "/walls/red.png", "caption": "a wall elsewhere"}')
     source = config.Source(dataset='captions.jsonl', pipeline=PIPELINE)
     data = config.Data(sources={'walls': source}, data_dir=str(folder))
     tokenizer = Tokenizer.train(loader.training_texts(data), 400, folder / 't.model')
     contract = Contract.make(config.Contract(image_size=32, text_length=16), tokenizer)
     with caplog.at_level(logging.WARNING):
-        batch = loader.train_batches(data, contract, tokenizer, 5, seed=0)[0]
-    assert batch['replaced'].sum() == 1 and 'none.png' in caplog.text
+        batch = loader.train_batches(data, contract, tokenizer, 6, seed=0)[0]
+    assert batch['replaced'].sum() == 2 and 'none.png' in caplog.text and "'/walls/red.png' is not below" in caplog.text
     for image, text in zip(batch['image'], batch['text'], strict=True):
         assert np.all(image == 60 * NAMES.index(tokenizer.decode(text).split()[1]))
 

@@ -19,6 +19,7 @@ from PIL import Image
 from big_vlm.config import UserError
 from big_vlm.data import images, paths, sources, transforms
 from big_vlm.data.contract import Contract
+from big_vlm.data.indexed import BadRecord
 
 
 def picture(shade):
@@ -138,6 +139,14 @@ def test_every_kind_of_files(memory, dataset, split, data_dir, expected):
     assert seen(pickle.loads(pickle.dumps(source))) == expected
 
 
+def test_classes_behind_an_address(memory):
+    for name in ('cat/0', 'fox/deep/1'):
+        memory.pipe(f'/pets/{name}.png', picture(1))
+    memory.mkdir('/pets/dog')
+    source = sources.load('folder:memory://pets', 'train')
+    assert [(record['class'], record['label']) for record in source] == [('cat', 0), ('fox', 2)]
+
+
 def test_a_web_server(web, cache):
     """A line's picture is fetched when it is decoded; of a tar, the bytes of a record, and its index once."""
     context = transforms.Context(Contract.__new__(Contract), None, train=True)
@@ -190,8 +199,35 @@ def test_refused(memory, tmp_path):
             sources.load(dataset, 'train', data_dir)
         assert '\n' not in str(error.value)
     memory.pipe('/photos/outside.jsonl', b'{"image": "0.png"}\n{"image": "../a.png"}')
-    with pytest.raises(UserError, match=r"image '../a.png' is not below memory://photos"):
+    with pytest.raises(BadRecord, match=r"image '../a.png' is not below memory://photos"):
         sources.load('memory://photos/outside.jsonl', 'train')[1]
+
+
+@pytest.mark.parametrize(
+    ('dataset', 'data_dir'),
+    [
+        ('zip://photos/lines.jsonl::photos.zip', ''),
+        ('lines.jsonl', 'zip://::photos.zip'),
+        ('folder:zip://photos::photos.zip', ''),
+        ('folder:photos', 'zip://::photos.zip'),
+        ('tar:simplecache::memory://shards/a-*.tar', ''),
+        ('simplecache::memory://photos/lines.jsonl', ''),
+        ('simplecache::memory://photos', ''),
+        ('hf:rows', 'filecache::memory://'),
+        ('coco_captions', 'zip://::photos.zip'),
+    ],
+)
+def test_chains_of_addresses_are_refused(dataset, data_dir):
+    for question in (sources.load, sources.check):
+        with pytest.raises(UserError, match=r'::.*: addresses chained by :: are not read') as error:
+            question(dataset, 'train', data_dir)
+        assert '\n' not in str(error.value)
+
+
+def test_a_picture_is_no_chain_of_addresses(memory):
+    memory.pipe('/photos/chained.jsonl', b'{"image": "0.png"}\n{"image": "0.png::file:///etc/passwd"}')
+    with pytest.raises(BadRecord, match=r'passwd.* is not below memory://photos'):
+        sources.load('memory://photos/chained.jsonl', 'train')[1]
 
 
 def test_paths_begin_where_they_say():

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from big_vlm.config import UserError
-from big_vlm.data import arrow_files, images, operations, sources
+from big_vlm.data import arrow_files, fields, images, operations, sources
 from big_vlm.data.indexed import BadRecord
 
 
@@ -47,9 +47,17 @@ def test_a_class_per_folder(pets):
     assert pickle.loads(pickle.dumps(source))[2] == source[2]
 
 
+def test_an_empty_folder_is_a_class(pets):
+    for name in ('cow', '.git'):
+        (pets / name).mkdir()
+    (pets / 'ant').symlink_to(pets / 'dog')
+    source = sources.load(f'folder:{pets}', 'train')
+    assert source.classes == ['cat', 'cow', 'dog'] and [record['label'] for record in source] == [0, 0, 2]
+
+
 def test_captions_beside_pictures(pets):
-    for name in ('cat/0', 'dog/b/2'):
-        (pets / f'{name}.txt').write_text(f'a {name} ü\n', encoding='utf-8')
+    for name, encoding in (('cat/0', 'utf-8-sig'), ('dog/b/2', 'utf-8')):
+        (pets / f'{name}.txt').write_text(f'a {name} ü\n', encoding=encoding)
     source = sources.load(f'folder:{pets}', 'train')
     assert [source[0]['caption'], source[2]['caption']] == ['a cat/0 ü', 'a dog/b/2 ü']
     with pytest.raises(BadRecord, match=r'cat/1.PNG: no caption: .*No such file'):
@@ -139,6 +147,30 @@ def test_bad_members_are_bad_records(tmp_path):
     assert sources.load(f'tar:{tar(tmp_path / "b.tar", members)}', 'train').features == ('key', 'image', 'caption')
 
 
+def test_texts_in_a_tar(tmp_path):
+    """Whatever is UTF-8 is text, without the mark that some editors begin a file with; pipelines and scores name it."""
+    members = [('a.png', picture(1)), ('a.seg.png', b'P'), ('a.question', b'how many?\n'), ('a.raw', b'a\0b')]
+    members += [('a.answer', b'\xef\xbb\xbftwo \xc3\xbc'), ('a.en.txt', b'two'), ('a.npy', b'\x93NUMPY')]
+    members += [('a.cls', b'7\n')]
+    [record] = sources.load(f'tar:{tar(tmp_path / "a.tar", members)}', 'train')
+    assert record.pop('image') == picture(1) and record == {
+        'key': 'a', 'seg.png': b'P', 'question': 'how many?', 'raw': b'a\0b', 'answer': 'two ü', 'en.txt': 'two',
+        'npy': b'\x93NUMPY', 'label': 7,
+    }  # fmt: skip
+    assert fields.fill(record, '{question} {en.txt}') == 'how many? two'
+
+
+def test_several_pictures_and_videos_in_a_tar(tmp_path):
+    members = [(f'a.{n}.png', picture(n)) for n in (0, 10, 2)] + [('a.mp4', b'film'), ('a.txt', b'three')]
+    members += [('b.mp4', b'film'), ('b.json', b'{"image": "b.png", "question": "what?"}')]
+    members += [('c.webm', b'film'), ('c.1.png', picture(1)), ('c.jpg', picture(3))]
+    several, video, one = sources.load(f'tar:{tar(tmp_path / "a.tar", members)}', 'train')
+    assert [shade(image) for image in several.pop('image')] == [0, 2, 10]
+    assert several == {'key': 'a', 'mp4': b'film', 'caption': 'three'}
+    assert video == {'key': 'b', 'image': b'film', 'question': 'what?'}
+    assert shade(one.pop('image')) == 3 and one == {'key': 'c', 'webm': b'film', '1.png': picture(1)}
+
+
 def test_a_json_member_replaces_no_other(tmp_path):
     theirs = {'image': 'elsewhere.png', 'caption': 'no', 'label': 9, 'key': 'no', 'n': 1}
     members = [('a.png', picture(7)), ('a.txt', b'yes'), ('a.cls', b'3'), ('a.json', json.dumps(theirs).encode())]
@@ -219,6 +251,35 @@ def test_a_split_of_several_configurations_is_refused(parquet):
         sources.load(f'hf:{parquet}', 'train')
     with pytest.raises(UserError, match=r'dev\+test is of several splits'):
         sources.load(f'hf:{parquet}', 'dev+test')
+
+
+def test_splits_by_name(tmp_path):
+    """A file says which split it is of, however much else its name says; files of several are never one split."""
+    for place, names in (
+        ('plain', ('train', 'test', 'validation')),
+        ('numbered', ('train-00000', 'train-00001', 'test-00000')),
+        ('dotted/data', ('train.clean-00000-of-00001', 'test.clean-00000-of-00001-1a2b')),
+        ('configuration/first', ('train', 'test')),
+        ('converted', ('train/0000', 'train/0001', 'test/0000')),
+        ('parts', ('part-00000', 'part-00001')),
+        ('hyphens', ('train-clean-0-of-1', 'test-clean-0-of-1', 'a-1-train', 'a-1-test')),
+    ):
+        for name in names:
+            (tmp_path / place / name).parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.table({'from': [name]}), tmp_path / place / f'{name}.parquet')
+
+    def read(place, split):
+        return [record['from'] for record in sources.load(f'hf:{tmp_path}/{place}', split)]
+
+    assert [read('plain', split) for split in ('train', 'test', 'validation')] == [['train'], ['test'], ['validation']]
+    assert read('numbered', 'train') == ['train-00000', 'train-00001'] and read('numbered', 'test') == ['test-00000']
+    assert read('dotted', 'test.clean') == ['test.clean-00000-of-00001-1a2b']
+    assert read('dotted', 'train.clean[:1]') == ['train.clean-00000-of-00001']
+    with pytest.raises(UserError, match=r"unknown split 'train' .*did you mean 'train.clean'"):
+        read('dotted', 'train')
+    assert read('configuration', 'train') == ['train'] and read('converted', 'train') == ['train/0000', 'train/0001']
+    assert read('parts', 'train') == ['part-00000', 'part-00001']
+    assert read('hyphens', 'test-clean') == ['test-clean-0-of-1'] and read('hyphens', 'a-1-test') == ['a-1-test']
 
 
 def test_damaged_files(parquet):

@@ -136,9 +136,11 @@ def test_mistakes(codes):
     record['objects']['mask'] = [np.zeros((3, 4), np.uint8), np.zeros((3, 5), np.uint8)]
     with pytest.raises(ValueError, match='3×4 and 3×5'):
         run('masks', record)
-    record['objects']['mask'] = ['/etc/passwd', 'b.png']
-    with pytest.raises(ValueError, match='holds texts'):
-        run('masks', record)
+    for value in ('/etc/passwd', 0, None):
+        with pytest.raises(ValueError, match='objects/mask is no picture but (str|int|NoneType)'):
+            run('masks', {'objects': record['objects'] | {'mask': [value] * 2}})
+        with pytest.raises(ValueError, match='instances is no picture but (str|int|NoneType)'):
+            run('masks', {'objects': {'bbox': [[0, 0, 1, 1]], 'label': ['a']}, 'instances': value})
     record['objects']['mask'] = [np.zeros((8, 8), np.uint8)] * 2
     with pytest.raises(ValueError, match='nothing to segment'):
         run(f'masks | segment({codes!r})', record)
@@ -161,12 +163,14 @@ def test_masks_are_read_as_they_are_stored():
 
 
 def test_masks_of_a_jsonl_file(tmp_path):
-    line = {'image': 'a.png', 'objects': {'bbox': [[0, 0, 1, 1]], 'mask': ['masks/a.png']}}
+    line = {'image': 'a.png', 'instances': 'b.png', 'objects': {'bbox': [[0, 0, 1, 1]], 'mask': ['masks/a.png']}}
     found = jsonl.parse(json.dumps(line).encode(), tmp_path, 'here')
-    assert found['objects']['mask'] == [tmp_path / 'masks/a.png']
+    assert found['objects']['mask'] == [tmp_path / 'masks/a.png'] and found['instances'] == tmp_path / 'b.png'
     for mask in ('../a.png', '/etc/a.png'):
+        with pytest.raises(BadRecord, match=r'here: instances .* is not below'):
+            jsonl.parse(json.dumps(line | {'instances': mask}).encode(), tmp_path, 'here')
         line['objects']['mask'] = [mask]
-        with pytest.raises(UserError, match=r'here: mask .* is not below'):
+        with pytest.raises(BadRecord, match=r'here: mask .* is not below'):
             jsonl.parse(json.dumps(line).encode(), tmp_path, 'here')
     line['objects']['mask'] = 'a.png'
     with pytest.raises(BadRecord, match='no column of paths'):

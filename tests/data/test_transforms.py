@@ -140,8 +140,14 @@ def test_unknown_fields_are_errors(free, context):
 
 
 def test_templates_reach_fields_and_nothing_else(free, context):
-    example = transforms.parse("suffix('{caption.__class__} {} {num_digits}')", where='')(free[0], context)
-    assert example['suffix'] == '{caption.__class__} {} ' + str(free[0]['num_digits'])
+    example = transforms.parse("suffix('{a b} {} {num_digits}')", where='')(free[0], context)
+    assert example['suffix'] == '{a b} {} ' + str(free[0]['num_digits'])
+    for name in ('caption-en', 'en.txt', 'captions-all/text.en'):
+        record = {'caption-en': 'one', 'en.txt': 'one', 'captions-all': {'text.en': 'one'}}
+        assert transforms.parse(f"suffix('a {{{name}}}')", where='')(record, context)['suffix'] == 'a one'
+    for name in ('caption.__class__', 'capton-en'):
+        with pytest.raises(UserError, match=f"unknown field '{name}'"):
+            transforms.parse(f"suffix('{{{name}}}')", where='')(free[0], context)
 
 
 def test_questions_are_drawn_by_the_examples_own_seed(free, tokenizer):

@@ -5,7 +5,8 @@ writes them.
     train.parquet, test.clean-00000.parquet                                   the same: 'train', 'test.clean'
     train/data-00000-of-00001.arrow, test/0000.parquet                        splits by folder
 
-A name without its number is the split's, unless that is data, part or nothing; files of no split are 'train'.
+A file's name without its number is its split's, unless that is data, part or nothing. Where no file is called like a
+split, or is one of several (`-of-`), folders say it, and files of no folder are 'train'.
 A picture is its encoded bytes, whichever way the column holds it. Arrow files are mapped and a row costs what it holds;
 of a parquet file a whole group of rows is decoded, the last ones are kept, and rows of one group asked for together are
 decoded once: for random reading write small groups (`row_group_size=100`) or arrow files.
@@ -26,6 +27,7 @@ from big_vlm.data.indexed import SPLIT, BadRecord, Indexed, files_of, plain
 
 _NUMBER = re.compile(r'(^|-)\d+(-of-\d+(-\w+)?)?$')
 _UNNAMED = ('', 'data', 'part')
+_SPLIT = re.compile(r'(train|test|val|valid|dev|eval)(ing|idation|ation|uation)?([-._]|$)|.*-of-\d')
 _DAMAGED = (pa.ArrowException, OSError, ValueError)
 
 
@@ -85,10 +87,12 @@ def splits_of(path: paths.AnyPath) -> dict[str, list[paths.AnyPath]]:
     below = [
         f for f in path.rglob('*') if f.suffix in ('.parquet', '.arrow') and not f.name.startswith(('.', 'cache-'))
     ]
+    files = files_of(below, f'*.parquet or *.arrow in {path}')
+    names = [_NUMBER.sub('', file.stem) for file in files]
+    by_name = any(_SPLIT.match(file.stem) and name not in _UNNAMED for file, name in zip(files, names, strict=True))
     found: dict[str, list[paths.AnyPath]] = {}
-    for file in files_of(below, f'*.parquet or *.arrow in {path}'):
-        name = _NUMBER.sub('', file.stem)
-        if name in _UNNAMED:
+    for file, name in zip(files, names, strict=True):
+        if not by_name or name in _UNNAMED:
             name = file.parent.name if file.parent != path else ''
         found.setdefault(SPLIT if name in _UNNAMED else name, []).append(file)
     return found

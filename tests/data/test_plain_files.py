@@ -262,6 +262,9 @@ def test_splits_by_name(tmp_path):
         ('configuration/first', ('train', 'test')),
         ('converted', ('train/0000', 'train/0001', 'test/0000')),
         ('parts', ('part-00000', 'part-00001')),
+        ('own', ('boats', 'harbours')),
+        ('gathered', ('train/coco', 'train/genome', 'test/coco')),
+        ('beside', ('train', 'restval')),
         ('hyphens', ('train-clean-0-of-1', 'test-clean-0-of-1', 'a-1-train', 'a-1-test')),
     ):
         for name in names:
@@ -278,7 +281,9 @@ def test_splits_by_name(tmp_path):
     with pytest.raises(UserError, match=r"unknown split 'train' .*did you mean 'train.clean'"):
         read('dotted', 'train')
     assert read('configuration', 'train') == ['train'] and read('converted', 'train') == ['train/0000', 'train/0001']
-    assert read('parts', 'train') == ['part-00000', 'part-00001']
+    assert read('parts', 'train') == ['part-00000', 'part-00001'] and read('own', 'train') == ['boats', 'harbours']
+    assert read('gathered', 'train') == ['train/coco', 'train/genome'] and read('gathered', 'test') == ['test/coco']
+    assert read('beside', 'train') == ['train'] and read('beside', 'restval') == ['restval']
     assert read('hyphens', 'test-clean') == ['test-clean-0-of-1'] and read('hyphens', 'a-1-test') == ['a-1-test']
 
 

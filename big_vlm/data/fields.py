@@ -30,12 +30,33 @@ def get(example: Example, name: str) -> Any:
 def picture(example: Example, operation: str) -> np.ndarray:
     """The decoded picture, uint8 [H,W,3]. Raises UserError for an operation that comes before `decode`, ValueError for
     several pictures where it takes one."""
+    value = pictures(example, operation)
+    if isinstance(value, list) or value.ndim == 4:
+        raise ValueError(f'{operation} takes one picture, and this example has {len(value)}: leave {operation} out')
+    return value
+
+
+def pictures(example: Example, operation: str) -> np.ndarray | list[np.ndarray]:
+    """The decoded picture, uint8 [H,W,3], or several, a list of them or [n,H,W,3]. Raises UserError for an operation
+    that comes before `decode`."""
     value = get(example, 'image')
     if isinstance(value, list) and all(isinstance(one, np.ndarray) for one in value):
-        raise ValueError(f'{operation} takes one picture, and this example has {len(value)}: resize them first')
+        return value
     if not isinstance(value, np.ndarray):
         raise UserError(f'{operation} before decode: write decode | {operation}(…)')
     return value
+
+
+def alike(example: Example, operation: str) -> np.ndarray:
+    """`pictures` as one array, uint8 [H,W,3] or [n,H,W,3], for what happens to all alike. Raises as it does, and
+    ValueError for pictures of several sizes."""
+    value = pictures(example, operation)
+    if not isinstance(value, list):
+        return value
+    if len(sizes := sorted({one.shape[:2] for one in value})) != 1:
+        found = ' and '.join(f'{height}×{width}' for height, width in sizes) or 'no'
+        raise ValueError(f'{operation} takes pictures of one size, and this example has {found} pixels: resize first')
+    return np.stack(value)
 
 
 def column(example: Example, name: str) -> Sequence[Any]:

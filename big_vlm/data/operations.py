@@ -79,18 +79,19 @@ def resize(
     method: Literal['', 'bilinear', 'bicubic'] = '',
     antialias: bool | None = None,
 ) -> None:
-    """uint8 [H,W,3] → uint8 [size,size,3], a list of n → [n,size,size,3]; the contract decides what is left open.
+    """uint8 [H,W,3] → uint8 [size,size,3], several → [n,size,size,3]; the contract decides what is left open.
 
     More pictures than `contract.images` are a bad example.
     """
     contract = context.contract
     check_size(contract, size)
-    several = fields.get(example, 'image')
-    pictures = several if isinstance(several, list) else [fields.picture(example, 'resize')]
+    found = fields.pictures(example, 'resize')
+    several = isinstance(found, list) or found.ndim == 4
     smooth = contract.antialias if antialias is None else antialias
-    _set_resized(
-        example, context, [images.resize(picture, size, method or contract.resample, smooth) for picture in pictures]
-    )
+    resized = [
+        images.resize(picture, size, method or contract.resample, smooth) for picture in (found if several else [found])
+    ]
+    _set_resized(example, context, resized, several)
 
 
 def decode_resize(example: Example, context: 'Context', size: int) -> None:
@@ -103,17 +104,18 @@ def decode_resize(example: Example, context: 'Context', size: int) -> None:
     check_size(contract, size)
     if not contract.antialias:
         raise UserError(f'decode_resize({size}), but contract.antialias is False: write decode | resize({size})')
-    several = fields.get(example, 'image')
-    pictures = several if isinstance(several, list | tuple) else [several]
-    decoded = [images.decode(images.of_record(one, 'image'), least=2 * size) for one in pictures]
-    _set_resized(example, context, [smoothing.resize(picture, size, contract.resample) for picture in decoded])
+    found = fields.get(example, 'image')
+    several = isinstance(found, list | tuple)
+    decoded = [images.decode(images.of_record(one, 'image'), least=2 * size) for one in (found if several else [found])]
+    resized = [smoothing.resize(picture, size, contract.resample) for picture in decoded]
+    _set_resized(example, context, resized, several)
 
 
-def _set_resized(example: Example, context: 'Context', resized: list[np.ndarray]) -> None:
+def _set_resized(example: Example, context: 'Context', resized: list[np.ndarray], several: bool) -> None:
     """As `image`, one or an array of several."""
     if not 0 < len(resized) <= context.contract.images:
         raise ValueError(f'{len(resized)} pictures, and contract.images is {context.contract.images}')
-    example['image'] = np.stack(resized) if isinstance(example['image'], list | tuple) else resized[0]
+    example['image'] = np.stack(resized) if several else resized[0]
 
 
 def check_size(contract: Any, size: int, *_: Any, **__: Any) -> None:
@@ -318,8 +320,8 @@ def tokenize(example: Example, context: 'Context') -> None:
             raise UserError(f'tokenize before naflex: write naflex({count}) first')
         example.update(prompts.shorter_image(row, int(example['patch_mask'].sum()), context.contract))
     elif context.contract.image_tokens:
-        picture = fields.picture(example, 'tokenize')
-        example.update(prompts.with_images(row, picture if picture.ndim == 4 else picture[None], context.contract))
+        found = fields.alike(example, 'tokenize')
+        example.update(prompts.with_images(row, found if found.ndim == 4 else found[None], context.contract))
     else:
         example.pop('image', None)
         example.update(row)

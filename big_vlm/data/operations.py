@@ -51,11 +51,13 @@ Example = dict[str, Any]
 
 
 def decode(example: Example, context: 'Context', key: str = 'image') -> None:
-    """Encoded picture → uint8 [H,W,3] (`images.decode`), a list of them → a list."""
+    """Encoded picture → uint8 [H,W,3] (`images.decode`), a list of them → a list. `decoded_size` is its (H, W)."""
     picture = fields.get(example, key)
     several = isinstance(picture, list | tuple)
     decoded = [images.decode(images.of_record(one, key)) for one in (picture if several else [picture])]
     example[key] = decoded if several else decoded[0]
+    if key == 'image' and not several:
+        example['decoded_size'] = decoded[0].shape[:2]
 
 
 def frames(example: Example, context: 'Context', count: Annotated[int, 1]) -> None:
@@ -109,6 +111,8 @@ def decode_resize(example: Example, context: 'Context', size: int) -> None:
     decoded = [images.decode(images.of_record(one, 'image'), least=2 * size) for one in (found if several else [found])]
     resized = [smoothing.resize(picture, size, contract.resample) for picture in decoded]
     _set_resized(example, context, resized, several)
+    if not several:
+        example['decoded_size'] = decoded[0].shape[:2]
 
 
 def _set_resized(example: Example, context: 'Context', resized: list[np.ndarray], several: bool) -> None:
@@ -341,6 +345,16 @@ CHECKS: dict[str, Callable[..., None]] = {
     'value_range': check_range,
 }
 OPERATIONS: dict[str, Callable[..., None]] = {operation.__name__: operation for operation in _ALL}
+
+# Which operations must not come after which others, and why. Resizing moves nothing: places are parts of the picture.
+_MOVES = ('central_crop', 'random_crop', 'inception_crop', 'flip_lr', 'randaugment')
+_PLACES = ('detect', 'segment', 'ground')
+_TAKES_ONE = ('naflex', 'views', 'resize_small', 'resize_long', 'draw_boxes', 'random_jpeg', 'randaugment')
+ORDER: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
+    (_MOVES, ('masks',), 'masks that are read later would not fit: write masks before {before}'),
+    (_PLACES, _MOVES, 'what {before} has written would not fit: write {after} before {before}'),
+    (('frames',), _TAKES_ONE, '{after} takes one picture, and frames makes several: leave {after} out'),
+)
 
 # operation → the arrays that it adds to what the model reads of the picture and the text: (shape, dtype) by name.
 ADDS: dict[str, Callable[..., dict[str, tuple[tuple[int, ...], type]]]] = {

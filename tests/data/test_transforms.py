@@ -77,12 +77,31 @@ def test_decode_resize_is_nearly_both(tokenizer):
         ('decode | ', 'cannot read pipeline'),
         ('', 'the pipeline is empty'),
         ('decode |', 'cannot read pipeline'),
+        (
+            'decode | flip_lr | resize(48) | masks',
+            'masks after flip_lr: masks that are read later would not fit: write',
+        ),
+        (
+            'decode | detect | flip_lr',
+            'flip_lr after detect: what detect has written would not fit: write flip_lr before',
+        ),
+        ('ground | text("x") | random_crop(8)', 'random_crop after ground'),
+        ('masks | segment("x") | inception_crop(8)', 'inception_crop after segment'),
+        ('frames(2) | resize_small(48)', 'resize_small takes one picture, and frames makes several'),
     ],
 )
 def test_what_does_not_parse(pipeline, message):
     with pytest.raises(UserError) as error:
         transforms.parse(pipeline, where='here')
     assert message in str(error.value) and 'here' in str(error.value) and '\n' not in str(error.value)
+
+
+def test_what_is_in_order():
+    for pipeline in (
+        'decode | masks | flip_lr | detect | also | detect | resize(8)',
+        'frames(2) | flip_lr | resize(8)',
+    ):
+        transforms.parse(pipeline, where='here')
 
 
 def test_a_bar_in_a_text_is_text_and_lines_may_break(free, context):

@@ -92,6 +92,11 @@ def cased(value: str, context: 'Context') -> str:
     return value.lower() if context.contract.lower else value
 
 
+def copy(example: Example, context: 'Context', source: str, name: str) -> None:
+    """A field, or one within another, under a second name: `copy('img', 'image')`, as operations on pictures say."""
+    example[name] = column(example, source)
+
+
 def first(example: Example, context: 'Context', source: str, name: str) -> None:
     """The first item of a column, `first('objects/digit', 'digit')`, as a field of its own: a label to evaluate."""
     example[name] = _item(example, source, lambda count: 0)
@@ -152,7 +157,7 @@ def _item(example: Example, source: str, choose: Callable[[int], int]) -> Any:
     return items[choose(len(items))]
 
 
-OPERATIONS = (first, choice, majority, pick, join, lower, options)
+OPERATIONS = (copy, first, choice, majority, pick, join, lower, options)
 
 
 def _lowered(record: Example, *names: str) -> Iterator[Example]:
@@ -164,6 +169,7 @@ def _lowered(record: Example, *names: str) -> Iterator[Example]:
 
 # The fields that an operation may make of a record for those after it, to know every text there may be.
 MADE: dict[str, Callable[..., Iterator[Example]]] = {
+    'copy': lambda record, source, name: iter([{name: column(record, source)}]),
     'first': lambda record, source, name: ({name: value} for value in column(record, source)[:1]),
     'choice': lambda record, source, name: ({name: value} for value in column(record, source)),
     'majority': lambda record, source, name: ({name: value} for value in column(record, source)),

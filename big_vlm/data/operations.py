@@ -15,6 +15,7 @@ which training replaces and evaluation leaves out; both count it and name the fi
     views             crops in other colours, for self-distillation (training)
     text              a dual encoder's text and text_mask
     ground            what its captioner learns of an object: from the name to the box, and back (training)
+    copy              a field under a second name: of a picture called otherwise, copy('img', 'image')
     first, choice, majority, pick, join, lower, options
                       fields of fields: one of several captions, the commonest answer, lettered options (see `fields`)
     prefix, suffix    prompt and answer, from a field or a template: suffix('{caption}')

@@ -67,9 +67,17 @@ def test_a_video_may_be_a_list_an_array_or_a_picture(folder):
         assert [frame[0, 0, 0] for frame in videos.frames(video, 3)] == [1, 3, 5]
     [picture] = videos.frames(folder / '0.png', 3)
     np.testing.assert_array_equal(picture, pictures(2)[0])
-    for broken in (b'no film', (folder / 'film.gif').read_bytes()[:40], []):
+    for broken in (b'no film', []):
         with pytest.raises(ValueError):
             videos.frames(broken, 2)
+
+
+def test_a_gif_that_is_cut_anywhere_is_refused(folder):
+    film = (folder / 'film.gif').read_bytes()
+    assert len(videos.frames(film + b'behind its end', 2)) == 2
+    for end in range(40, len(film), 7):
+        with pytest.raises(ValueError, match='cut short'):
+            videos.frames(film[:end], 2)
 
 
 def test_rows_of_several_images(folder, tokenizer):

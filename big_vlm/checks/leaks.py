@@ -7,7 +7,8 @@ Two rules, because a question may well hold its answer, 'is it red or blue?', an
    it is one to choose from.
 2. Answers of any length leak where copying is a habit that pays: the words at one and the same place of the prompt,
    counted from its beginning or its end, are the answer of nine examples of ten of a source, eight examples or more,
-   and always giving the commonest answer would not do as well. So 'yes' in 'yes or no?' is none, nor is 'A or B?'.
+   and of nine of ten of those whose answer is not the commonest, three or more. So 'yes' in 'yes or no?' is none, nor
+   is 'A or B?'.
 
 Words are compared without case and punctuation; where a script sets no spaces, characters are.
 """
@@ -21,12 +22,13 @@ from typing import Any
 import numpy as np
 
 LONG = 4, 12  # words and letters
-_EXAMPLES, _SHARE, _MARGIN = 8, 0.9, 0.1
+_EXAMPLES, _OTHERS, _SHARE = 8, 3, 0.9
 # Location and segmentation tokens; a character each of Thai, Lao, Burmese, Khmer, kana and Chinese; words.
 _ALONE = '\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff'
 _WORD = re.compile(rf'<(?:loc|seg)\d+>|[{_ALONE}]|[^\W{_ALONE}]+')
 
 Words = tuple[str, ...]
+Place = tuple[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,17 +67,21 @@ def _habit(asked: Sequence[Asked], source: str) -> list[Asked]:
     """Rule 2: the first answer that stands where most of its source do."""
     pairs = [(one, words(one.answer), words(one.prompt)) for one in asked if one.source == source]
     stands = [set(_places(answer, prompt)) for _, answer, prompt in pairs]
-    right = Counter(place for places in stands for place in places)
-    if len(pairs) < _EXAMPLES or not right:
+    [(commonest, _)] = Counter(answer for _, answer, _ in pairs).most_common(1)
+    others = [places for (_, answer, _), places in zip(pairs, stands, strict=True) if answer != commonest]
+    if len(pairs) < _EXAMPLES or len(others) < _OTHERS:
         return []
-    (place, copied), *_ = right.most_common(1)
-    [(_, commonest)] = Counter(answer for _, answer, _ in pairs).most_common(1)
-    if copied < _SHARE * len(pairs) or copied - commonest < _MARGIN * len(pairs):
-        return []
-    return [next(one for (one, *_), places in zip(pairs, stands, strict=True) if place in places)]
+    habits = _often(stands) & _often(others)
+    return [one for (one, *_), places in zip(pairs, stands, strict=True) if habits & places][:1]
 
 
-def _places(answer: Words, prompt: Words) -> Iterator[tuple[str, int]]:
+def _often(stands: Sequence[set[Place]]) -> set[Place]:
+    """The places that nearly all of these hold."""
+    counts = Counter(place for places in stands for place in places)
+    return {place for place, count in counts.items() if count >= _SHARE * len(stands)}
+
+
+def _places(answer: Words, prompt: Words) -> Iterator[Place]:
     """Where the answer stands: in words from the beginning, and from the end."""
     for start in range(len(prompt) - len(answer) + 1 if answer else 0):
         if prompt[start : start + len(answer)] == answer:

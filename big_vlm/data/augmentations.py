@@ -3,6 +3,9 @@
 An example may carry `objects` with a column `bbox`, edges y1 x1 y2 x2 in parts of the picture, and masks: whatever
 moves pixels moves these too. Parts of boxes that a crop leaves out stay in the column, beyond 0..1, and `detect` cuts
 them off. What is random happens in training only; an evaluation gets the picture as it is, or its middle.
+
+Crops, flip_lr and shuffle_channels take several pictures of one size too, such as a video's frames, and do the same to
+all; the others take one.
 """
 
 import io
@@ -38,7 +41,8 @@ def resize_long(example: Example, context: 'Context', size: Annotated[int, 1], m
 
 def central_crop(example: Example, context: 'Context', size: Annotated[int, 0] = 0) -> None:
     """The middle, size × size; 0: the largest square."""
-    height, width = fields.picture(example, 'central_crop').shape[:2]
+    example['image'] = fields.alike(example, 'central_crop')
+    height, width = example['image'].shape[-3:-1]
     size = size or min(height, width)
     _must_hold(height, width, size)
     _crop(example, (height - size) // 2, (width - size) // 2, size, size)
@@ -46,7 +50,8 @@ def central_crop(example: Example, context: 'Context', size: Annotated[int, 0] =
 
 def random_crop(example: Example, context: 'Context', size: Annotated[int, 1]) -> None:
     """size × size from a random place; in evaluation from the middle."""
-    height, width = fields.picture(example, 'random_crop').shape[:2]
+    example['image'] = fields.alike(example, 'random_crop')
+    height, width = example['image'].shape[-3:-1]
     _must_hold(height, width, size)
     if not context.train:
         return central_crop(example, context, size)
@@ -63,8 +68,8 @@ def inception_crop(
     """
     if not 0 < area_min <= area_max <= 100:
         raise UserError(f'inception_crop: area_min={area_min}, area_max={area_max} must be 0 < min ≤ max ≤ 100')
-    picture = fields.picture(example, 'inception_crop')
-    height, width = picture.shape[:2]
+    example['image'] = fields.alike(example, 'inception_crop')
+    height, width = example['image'].shape[-3:-1]
     if context.train:
         for _ in range(_TRIES):
             area = context.rng.uniform(area_min, area_max) / 100 * height * width
@@ -74,14 +79,19 @@ def inception_crop(
                 top, left = context.rng.integers(height - h + 1), context.rng.integers(width - w + 1)
                 _crop(example, int(top), int(left), h, w)
                 break
-    contract = context.contract
-    example['image'] = images.resize(example['image'], size, contract.resample, contract.antialias)
+    found, contract = example['image'], context.contract
+    pictures = found if found.ndim == 4 else found[None]
+    resized = np.stack([images.resize(one, size, contract.resample, contract.antialias) for one in pictures])
+    example['image'] = resized.reshape(*found.shape[:-3], size, size, 3)
 
 
 def flip_lr(example: Example, context: 'Context') -> None:
     """Left and right exchanged, half of the time. Texts that say left or right are not: leave them to other data."""
-    if context.train and context.rng.random() < 0.5:
-        example['image'] = np.ascontiguousarray(fields.picture(example, 'flip_lr')[:, ::-1])
+    if not context.train:
+        return
+    example['image'] = fields.alike(example, 'flip_lr')
+    if context.rng.random() < 0.5:
+        example['image'] = np.ascontiguousarray(example['image'][..., ::-1, :])
         _move(
             example,
             lambda boxes: np.stack([boxes[:, 0], 1 - boxes[:, 3], boxes[:, 2], 1 - boxes[:, 1]], axis=1),
@@ -93,7 +103,7 @@ def shuffle_channels(example: Example, context: 'Context') -> None:
     """Red, green and blue in a random order, as for tasks whose answer does not depend on colour. Training only."""
     if context.train:
         order = context.rng.permutation(3)
-        example['image'] = np.ascontiguousarray(fields.picture(example, 'shuffle_channels')[..., order])
+        example['image'] = np.ascontiguousarray(fields.alike(example, 'shuffle_channels')[..., order])
 
 
 def draw_boxes(example: Example, context: 'Context') -> None:
@@ -171,15 +181,14 @@ def _must_hold(height: int, width: int, size: int) -> None:
 
 def _crop(example: Example, top: int, left: int, height: int, width: int) -> None:
     picture = example['image']
-    whole = np.array(picture.shape[:2] * 2, np.float64)
-    example['image'] = np.ascontiguousarray(picture[top : top + height, left : left + width])
+    shape = picture.shape[-3:-1]
+    whole = np.array(shape * 2, np.float64)
+    example['image'] = np.ascontiguousarray(picture[..., top : top + height, left : left + width, :])
     offset, size = np.array([top, left] * 2), np.array([height, width] * 2)
     _move(
         example,
         lambda boxes: (boxes * whole - offset) / size,
-        lambda masks: np.ascontiguousarray(
-            objects.sized(masks, picture.shape[:2])[:, top : top + height, left : left + width]
-        ),
+        lambda masks: np.ascontiguousarray(objects.sized(masks, shape)[:, top : top + height, left : left + width]),
     )
 
 

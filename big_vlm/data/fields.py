@@ -30,12 +30,33 @@ def get(example: Example, name: str) -> Any:
 def picture(example: Example, operation: str) -> np.ndarray:
     """The decoded picture, uint8 [H,W,3]. Raises UserError for an operation that comes before `decode`, ValueError for
     several pictures where it takes one."""
+    value = pictures(example, operation)
+    if isinstance(value, list) or value.ndim == 4:
+        raise ValueError(f'{operation} takes one picture, and this example has {len(value)}: leave {operation} out')
+    return value
+
+
+def pictures(example: Example, operation: str) -> np.ndarray | list[np.ndarray]:
+    """The decoded picture, uint8 [H,W,3], or several, a list of them or [n,H,W,3]. Raises UserError for an operation
+    that comes before `decode`."""
     value = get(example, 'image')
     if isinstance(value, list) and all(isinstance(one, np.ndarray) for one in value):
-        raise ValueError(f'{operation} takes one picture, and this example has {len(value)}: resize them first')
+        return value
     if not isinstance(value, np.ndarray):
         raise UserError(f'{operation} before decode: write decode | {operation}(…)')
     return value
+
+
+def alike(example: Example, operation: str) -> np.ndarray:
+    """`pictures` as one array, uint8 [H,W,3] or [n,H,W,3], for what happens to all alike. Raises as it does, and
+    ValueError for pictures of several sizes."""
+    value = pictures(example, operation)
+    if not isinstance(value, list):
+        return value
+    if len(sizes := sorted({one.shape[:2] for one in value})) != 1:
+        found = ' and '.join(f'{height}×{width}' for height, width in sizes) or 'no'
+        raise ValueError(f'{operation} takes pictures of one size, and this example has {found} pixels: resize first')
+    return np.stack(value)
 
 
 def column(example: Example, name: str) -> Sequence[Any]:
@@ -69,6 +90,11 @@ def fill(example: Example, template: str) -> str:
 
 def cased(value: str, context: 'Context') -> str:
     return value.lower() if context.contract.lower else value
+
+
+def copy(example: Example, context: 'Context', source: str, name: str) -> None:
+    """A field, or one within another, under a second name: `copy('img', 'image')`, as operations on pictures say."""
+    example[name] = column(example, source)
 
 
 def first(example: Example, context: 'Context', source: str, name: str) -> None:
@@ -131,7 +157,7 @@ def _item(example: Example, source: str, choose: Callable[[int], int]) -> Any:
     return items[choose(len(items))]
 
 
-OPERATIONS = (first, choice, majority, pick, join, lower, options)
+OPERATIONS = (copy, first, choice, majority, pick, join, lower, options)
 
 
 def _lowered(record: Example, *names: str) -> Iterator[Example]:
@@ -143,6 +169,7 @@ def _lowered(record: Example, *names: str) -> Iterator[Example]:
 
 # The fields that an operation may make of a record for those after it, to know every text there may be.
 MADE: dict[str, Callable[..., Iterator[Example]]] = {
+    'copy': lambda record, source, name: iter([{name: column(record, source)}]),
     'first': lambda record, source, name: ({name: value} for value in column(record, source)[:1]),
     'choice': lambda record, source, name: ({name: value} for value in column(record, source)),
     'majority': lambda record, source, name: ({name: value} for value in column(record, source)),

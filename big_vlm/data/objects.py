@@ -46,7 +46,8 @@ def segments(example: Example, operation: str) -> tuple[list[str], np.ndarray, n
 
 
 def decoded_masks(example: Example) -> np.ndarray:
-    """bool [N,H,W], one for each box. Raises ValueError for none, another number of them, or several sizes."""
+    """bool [N,H,W], one for each box. Raises ValueError for none, another number of them, several sizes, or one whose
+    sides are not as those of the picture, where that is decoded."""
     objects = fields.get(example, 'objects')
     count = len(objects['bbox'])
     if 'mask' in objects:
@@ -60,7 +61,18 @@ def decoded_masks(example: Example) -> np.ndarray:
         raise ValueError(f'{len(masks)} masks for {count} boxes')
     if len(sizes := sorted({mask.shape for mask in masks})) > 1:
         raise ValueError(f'masks of one picture have {" and ".join(f"{h}×{w}" for h, w in sizes)} pixels')
-    return np.stack(masks) if masks else np.zeros((0, 1, 1), bool)
+    if not masks:
+        return np.zeros((0, 1, 1), bool)
+    [shape] = sizes
+    picture = example.get('decoded_size', shape)
+    # Masks may be smaller or larger than their picture, and rounded then: by a pixel of the smaller.
+    apart = abs(picture[0] * shape[1] - picture[1] * shape[0])
+    if apart > max(sum(picture), sum(shape)) or picture != shape == picture[::-1]:
+        raise ValueError(
+            f'the masks have {shape[0]}×{shape[1]} pixels and the picture, turned as its EXIF data say, '
+            f'{picture[0]}×{picture[1]}: masks have its aspect ratio'
+        )
+    return np.stack(masks)
 
 
 def sized(masks: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

@@ -15,6 +15,7 @@ which training replaces and evaluation leaves out; both count it and name the fi
     views             crops in other colours, for self-distillation (training)
     text              a dual encoder's text and text_mask
     ground            what its captioner learns of an object: from the name to the box, and back (training)
+    copy              a field under a second name: of a picture called otherwise, copy('img', 'image')
     first, choice, majority, pick, join, lower, options
                       fields of fields: one of several captions, the commonest answer, lettered options (see `fields`)
     prefix, suffix    prompt and answer, from a field or a template: suffix('{caption}')
@@ -51,11 +52,13 @@ Example = dict[str, Any]
 
 
 def decode(example: Example, context: 'Context', key: str = 'image') -> None:
-    """Encoded picture → uint8 [H,W,3] (`images.decode`), a list of them → a list."""
+    """Encoded picture → uint8 [H,W,3] (`images.decode`), a list of them → a list. `decoded_size` is its (H, W)."""
     picture = fields.get(example, key)
     several = isinstance(picture, list | tuple)
     decoded = [images.decode(images.of_record(one, key)) for one in (picture if several else [picture])]
     example[key] = decoded if several else decoded[0]
+    if key == 'image' and not several:
+        example['decoded_size'] = decoded[0].shape[:2]
 
 
 def frames(example: Example, context: 'Context', count: Annotated[int, 1]) -> None:
@@ -79,18 +82,19 @@ def resize(
     method: Literal['', 'bilinear', 'bicubic'] = '',
     antialias: bool | None = None,
 ) -> None:
-    """uint8 [H,W,3] → uint8 [size,size,3], a list of n → [n,size,size,3]; the contract decides what is left open.
+    """uint8 [H,W,3] → uint8 [size,size,3], several → [n,size,size,3]; the contract decides what is left open.
 
     More pictures than `contract.images` are a bad example.
     """
     contract = context.contract
     check_size(contract, size)
-    several = fields.get(example, 'image')
-    pictures = several if isinstance(several, list) else [fields.picture(example, 'resize')]
+    found = fields.pictures(example, 'resize')
+    several = isinstance(found, list) or found.ndim == 4
     smooth = contract.antialias if antialias is None else antialias
-    _set_resized(
-        example, context, [images.resize(picture, size, method or contract.resample, smooth) for picture in pictures]
-    )
+    resized = [
+        images.resize(picture, size, method or contract.resample, smooth) for picture in (found if several else [found])
+    ]
+    _set_resized(example, context, resized, several)
 
 
 def decode_resize(example: Example, context: 'Context', size: int) -> None:
@@ -103,17 +107,20 @@ def decode_resize(example: Example, context: 'Context', size: int) -> None:
     check_size(contract, size)
     if not contract.antialias:
         raise UserError(f'decode_resize({size}), but contract.antialias is False: write decode | resize({size})')
-    several = fields.get(example, 'image')
-    pictures = several if isinstance(several, list | tuple) else [several]
-    decoded = [images.decode(images.of_record(one, 'image'), least=2 * size) for one in pictures]
-    _set_resized(example, context, [smoothing.resize(picture, size, contract.resample) for picture in decoded])
+    found = fields.get(example, 'image')
+    several = isinstance(found, list | tuple)
+    decoded = [images.decode(images.of_record(one, 'image'), least=2 * size) for one in (found if several else [found])]
+    resized = [smoothing.resize(picture, size, contract.resample) for picture in decoded]
+    _set_resized(example, context, resized, several)
+    if not several:
+        example['decoded_size'] = decoded[0].shape[:2]
 
 
-def _set_resized(example: Example, context: 'Context', resized: list[np.ndarray]) -> None:
+def _set_resized(example: Example, context: 'Context', resized: list[np.ndarray], several: bool) -> None:
     """As `image`, one or an array of several."""
     if not 0 < len(resized) <= context.contract.images:
         raise ValueError(f'{len(resized)} pictures, and contract.images is {context.contract.images}')
-    example['image'] = np.stack(resized) if isinstance(example['image'], list | tuple) else resized[0]
+    example['image'] = np.stack(resized) if several else resized[0]
 
 
 def check_size(contract: Any, size: int, *_: Any, **__: Any) -> None:
@@ -318,8 +325,8 @@ def tokenize(example: Example, context: 'Context') -> None:
             raise UserError(f'tokenize before naflex: write naflex({count}) first')
         example.update(prompts.shorter_image(row, int(example['patch_mask'].sum()), context.contract))
     elif context.contract.image_tokens:
-        picture = fields.picture(example, 'tokenize')
-        example.update(prompts.with_images(row, picture if picture.ndim == 4 else picture[None], context.contract))
+        found = fields.alike(example, 'tokenize')
+        example.update(prompts.with_images(row, found if found.ndim == 4 else found[None], context.contract))
     else:
         example.pop('image', None)
         example.update(row)
@@ -339,6 +346,16 @@ CHECKS: dict[str, Callable[..., None]] = {
     'value_range': check_range,
 }
 OPERATIONS: dict[str, Callable[..., None]] = {operation.__name__: operation for operation in _ALL}
+
+# Which operations must not come after which others, and why. Resizing moves nothing: places are parts of the picture.
+_MOVES = ('central_crop', 'random_crop', 'inception_crop', 'flip_lr', 'randaugment')
+_PLACES = ('detect', 'segment', 'ground')
+_TAKES_ONE = ('naflex', 'views', 'resize_small', 'resize_long', 'draw_boxes', 'random_jpeg', 'randaugment')
+ORDER: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
+    (_MOVES, ('masks',), 'masks that are read later would not fit: write masks before {before}'),
+    (_PLACES, _MOVES, 'what {before} has written would not fit: write {after} before {before}'),
+    (('frames',), _TAKES_ONE, '{after} takes one picture, and frames makes several: leave {after} out'),
+)
 
 # operation → the arrays that it adds to what the model reads of the picture and the text: (shape, dtype) by name.
 ADDS: dict[str, Callable[..., dict[str, tuple[tuple[int, ...], type]]]] = {

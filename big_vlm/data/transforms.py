@@ -6,6 +6,7 @@ A pipeline is a chain of operations (see `operations`), each a name or a call wi
 
 import ast
 import inspect
+import itertools
 import re
 import types
 import typing
@@ -77,7 +78,11 @@ class Pipeline:
 
 
 def parse(pipeline: str, *, where: str) -> Pipeline:
-    """Reads a pipeline. Raises UserError, naming `where`, for bad syntax, an unknown operation or wrong arguments."""
+    """Reads a pipeline.
+
+    Raises UserError, naming `where`, for bad syntax, an unknown operation, wrong arguments, or an operation after one
+    that has to follow it (`operations.ORDER`).
+    """
     hint = "write 'decode | resize(48) | …'"
     if not pipeline.strip():
         raise UserError(f'{where}: the pipeline is empty; {hint}')
@@ -87,7 +92,9 @@ def parse(pipeline: str, *, where: str) -> Pipeline:
     except (SyntaxError, ValueError) as error:
         reason = getattr(error, 'msg', str(error))
         raise UserError(f'{where}: cannot read pipeline {pipeline!r}: {reason}; {hint}') from None
-    return Pipeline(pipeline, [_step(node, where) for node in _chain(tree)])
+    steps = [_step(node, where) for node in _chain(tree)]
+    _check_order([name for name, *_ in steps], where)
+    return Pipeline(pipeline, steps)
 
 
 def _texts(record: dict, steps: list[tuple[str, tuple, dict[str, Any]]]) -> Iterator[str]:
@@ -121,6 +128,13 @@ def _step(node: ast.expr, where: str) -> tuple[str, tuple, dict[str, Any]]:
         kwargs = {str(k.arg): _literal(k.value, name, where) for k in node.keywords}
     _check_arguments(name, args, kwargs, where)
     return name, tuple(args), kwargs
+
+
+def _check_order(names: list[str], where: str) -> None:
+    for before, after in itertools.combinations(names, 2):
+        for first, second, reason in operations.ORDER:
+            if before in first and after in second:
+                raise UserError(f'{where}: {after} after {before}: {reason.format(before=before, after=after)}')
 
 
 def _literal(node: ast.expr, name: str, where: str) -> Any:

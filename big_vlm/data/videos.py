@@ -19,7 +19,8 @@ def frames(video: VideoLike, count: int) -> list[np.ndarray]:
     `video`: its frames, a list or uint8 [F,H,W,3]; a picture of several frames (GIF, WebP, APNG, TIFF); or a file that
     OpenCV reads (MP4, WebM, AVI). Of 8 frames, 4 are the frames 1, 3, 5 and 7, counted from 0. A picture is one frame.
 
-    Raises ValueError for what is none of these or is cut short; OSError for a file that cannot be read.
+    Raises ValueError for what is none of these or is cut short, but for a film that OpenCV reads as a shorter one;
+    OSError for a file that cannot be read.
     """
     if isinstance(video, np.ndarray) and video.ndim == 4:
         video = list(video)
@@ -31,6 +32,8 @@ def frames(video: VideoLike, count: int) -> list[np.ndarray]:
     try:
         with Image.open(io.BytesIO(data), formats=images.FORMATS) as opened:
             images.check_size(opened)
+            if opened.format == 'GIF' and not _has_end(data):
+                raise ValueError(f'the GIF is cut short ({len(data)} bytes)')
             total = getattr(opened, 'n_frames', 1)
             if total > 1:
                 return [_frame(opened, i) for i in _spread(total, count)]
@@ -47,6 +50,34 @@ def _spread(total: int, count: int) -> list[int]:
     if not total:
         raise ValueError('a video without frames')
     return [(2 * i + 1) * total // (2 * count) for i in range(count)] if total > count else list(range(total))
+
+
+def _has_end(gif: bytes) -> bool:
+    """Whether the file ends with its trailer. To Pillow one that is cut between two frames is one of fewer frames."""
+    try:
+        at = 13 + _colors(gif[10])
+        while (kind := gif[at]) != ord(';'):
+            if kind == ord('!'):  # an extension: its label
+                at = _after_parts(gif, at + 2)
+            elif kind == ord(','):  # a frame: place, colours, the size of a code
+                at = _after_parts(gif, at + 11 + _colors(gif[at + 9]))
+            else:  # as Pillow skips what it does not know
+                at += 1
+    except IndexError:
+        return False
+    return True
+
+
+def _colors(flags: int) -> int:
+    """Bytes of a table of colours, if there is one."""
+    return 3 << (flags % 8 + 1) if flags & 0x80 else 0
+
+
+def _after_parts(gif: bytes, at: int) -> int:
+    """Each part begins with its length; 0 ends them."""
+    while size := gif[at]:
+        at += 1 + size
+    return at + 1
 
 
 def _frame(opened, i):

@@ -77,6 +77,14 @@ def test_an_answer_that_is_always_the_same_is_none():
     assert found(*pairs) == []
 
 
+def test_a_commonest_answer_does_not_hide_a_habit():
+    answers = ['no' if i in (5, 20, 33) else 'yes' for i in range(40)]
+    assert found(*((f'is number {i} there? {answer}', answer) for i, answer in enumerate(answers))) == [0]
+    assert found(*((f'is number {i} there, no or yes?', answer) for i, answer in enumerate(answers))) == []
+    # Two others are too few to tell.
+    assert found(*((f'is number {i} there? {answer}', answer) for i, answer in enumerate(answers[:33]))) == []
+
+
 def test_sources_are_judged_apart():
     pairs = [(f'number {i}? {COLORS[i % 4]}', COLORS[i % 4]) for i in range(8)]
     good = [Asked('good', i, 'what color?', COLORS[i % 4]) for i in range(100)]

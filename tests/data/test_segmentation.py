@@ -6,7 +6,7 @@ import json
 import mask_weights
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from big_vlm.config import UserError
 from big_vlm.data import coordinates, jsonl, mask_codes, objects, run_lengths, segmentation, sources, transforms
@@ -160,6 +160,27 @@ def test_masks_are_read_as_they_are_stored():
         np.testing.assert_array_equal(made['objects']['mask'], [numbers == 1, numbers == 2])
         made = run('masks', {'objects': boxes | {'mask': [data.getvalue()] * 2}})
         np.testing.assert_array_equal(made['objects']['mask'], [seen] * 2)
+
+
+def test_masks_are_of_the_pictures_aspect_ratio():
+    """A photo that EXIF turns, and its mask: turned, of another size, or not turned."""
+    data, exif = io.BytesIO(), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new('RGB', (64, 41)).save(data, 'JPEG', exif=exif)
+    boxes = {'bbox': [[0, 0, 1, 1]], 'label': ['a']}
+    for looks in ('decode', 'decode | resize(24)', 'decode_resize(24)'):
+        for shape in ((64, 41), (32, 21), (16, 10), (129, 82), (3, 2), (41, 64), (24, 24), (64, 46)):
+            record = {'image': data.getvalue(), 'objects': boxes | {'mask': [np.ones(shape, np.uint8)]}}
+            if shape[1] in (64, 24, 46):
+                with pytest.raises(
+                    ValueError, match=f'masks have {shape[0]}×{shape[1]} pixels and the picture, .* 64×41'
+                ):
+                    run(f'{looks} | masks', record)
+            else:
+                assert run(f'{looks} | masks', record)['objects']['mask'].shape == (1, *shape)
+    record = {'image': np.zeros((101, 100, 3), np.uint8), 'objects': boxes | {'mask': [np.ones((100, 101), np.uint8)]}}
+    with pytest.raises(ValueError, match='masks have 100×101'):
+        run('decode | masks', record)
 
 
 def test_masks_of_a_jsonl_file(tmp_path):

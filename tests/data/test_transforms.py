@@ -9,7 +9,7 @@ from sklearn.datasets import load_sample_images
 
 from big_vlm import config
 from big_vlm.config import UserError
-from big_vlm.data import images, sources, transforms
+from big_vlm.data import images, loader, sources, transforms
 from big_vlm.data.builders import scene_language
 from big_vlm.data.contract import Contract
 from big_vlm.data.coordinates import text_to_boxes
@@ -77,12 +77,31 @@ def test_decode_resize_is_nearly_both(tokenizer):
         ('decode | ', 'cannot read pipeline'),
         ('', 'the pipeline is empty'),
         ('decode |', 'cannot read pipeline'),
+        (
+            'decode | flip_lr | resize(48) | masks',
+            'masks after flip_lr: masks that are read later would not fit: write',
+        ),
+        (
+            'decode | detect | flip_lr',
+            'flip_lr after detect: what detect has written would not fit: write flip_lr before',
+        ),
+        ('ground | text("x") | random_crop(8)', 'random_crop after ground'),
+        ('masks | segment("x") | inception_crop(8)', 'inception_crop after segment'),
+        ('frames(2) | resize_small(48)', 'resize_small takes one picture, and frames makes several'),
     ],
 )
 def test_what_does_not_parse(pipeline, message):
     with pytest.raises(UserError) as error:
         transforms.parse(pipeline, where='here')
     assert message in str(error.value) and 'here' in str(error.value) and '\n' not in str(error.value)
+
+
+def test_what_is_in_order():
+    for pipeline in (
+        'decode | masks | flip_lr | detect | also | detect | resize(8)',
+        'frames(2) | flip_lr | resize(8)',
+    ):
+        transforms.parse(pipeline, where='here')
 
 
 def test_a_bar_in_a_text_is_text_and_lines_may_break(free, context):
@@ -297,6 +316,22 @@ def test_shuffle_channels_permutes_by_the_examples_seed_and_in_training_only(fre
         seen.add(order)
     assert len(seen) == 6
     np.testing.assert_array_equal(pipeline(free[0], make_context(tokenizer, train=False))['image'], plain)
+
+
+def test_copy_gives_a_picture_the_name_that_operations_look_for(free, tokenizer):
+    record = {'img': free[0]['image'], 'labels': {'fine': 'a red three'}}
+    steps = 'decode | resize(32) | text("caption")'
+    pipeline = transforms.parse(f'copy("img", "image") | copy("labels/fine", "caption") | {steps}', where='')
+    example = pipeline(record, make_context(tokenizer))
+    called = {'image': record['img'], 'caption': record['labels']['fine']}
+    expected = loader.arrays(transforms.parse(steps, where='')(called, make_context(tokenizer)))
+    made = loader.arrays(example)
+    assert set(made) == set(expected) == {'image', 'text', 'text_mask'}
+    for name in made:
+        np.testing.assert_array_equal(made[name], expected[name])
+    assert record.keys() == {'img', 'labels'} and list(pipeline.texts(record)) == ['a red three']
+    with pytest.raises(UserError, match="unknown field 'imgs'"):
+        transforms.parse('copy("imgs", "image")', where='')(record, make_context(tokenizer))
 
 
 def test_first(free, context):

@@ -164,6 +164,17 @@ def test_of_an_error_less_is_better():
     assert (entry['better'], entry['worse']) == (1, 0) and entry['difference'] == pytest.approx(-1 / 3)
 
 
+def test_a_run_is_as_good_as_itself_where_one_picture_has_several_lines():
+    run = [
+        {'id': 7, 'prompt': 'caption en', 'prediction': truth[:5], 'truth': truth, 'score': {'exact_match': score}}
+        for truth, score in (('a dog', 1.0), ('a cat runs', 0.0), ('a cat', 1.0))
+    ]
+    summary, differing = comparison.compare(run, run)
+    assert summary['exact_match'] == {'better': 0, 'worse': 0, 'difference': 0, 'low': 0, 'high': 0, 'n': 3}
+    assert not differing
+    assert comparison.compare(run, run[:2])[0]['exact_match']['n'] == 2
+
+
 def test_a_guesser_has_the_chance_of_every_slice():
     """CIDEr weighs words by all examples, for the guesser as for the model."""
     truths = ['a red dog runs', 'a red cat sits', 'two dogs sleep', 'two red cats run', 'a dog sits']

@@ -117,6 +117,19 @@ def test_several_true_answers(tmp_path):
         generation.predict(lambda batch: ['a'], [(batch, records)], [], truth_field='truths/words')
 
 
+def test_truths_are_texts():
+    assert generation.truth_of({'a': 3}, 'a') == '3' and generation.truth_of({'a': b'yes'}, 'a') == 'yes'
+    assert generation.truth_of({'a': {'text': [b'yes', 'no']}}, 'a/text') == ['yes', 'no']
+    for value, wrong in (
+        ({'id': [1], 'text': ['a dog']}, 'a holds fields: write a/id or a/text'),
+        ([{'text': 'a dog'}], 'an item of a is a list or holds fields'),
+        ([['a dog']], 'an item of a is a list or holds fields'),
+        (['a dog', None], 'a has null among its items'),
+    ):
+        with pytest.raises(ValueError, match=wrong):
+            generation.truth_of({'a': value}, 'a')
+
+
 # mask_iou: test_mask_scores; meteor, whose program is another's: metrics/test_references
 @pytest.mark.parametrize('name', [name for name in answer_metrics.METRICS if name not in ('mask_iou', 'meteor')])
 def test_every_metric_knows_right_from_wrong(name):

@@ -341,7 +341,7 @@ def _check_fields(settings: Eval, record: dict) -> None:
 
 
 def _check_one(name: str, value: Any) -> None:
-    if np.ndim(value) or isinstance(value, dict):
+    if isinstance(value, list | tuple | dict) or np.ndim(value):
         raise UserError(f'{name} has several values in one example: take one in the pipeline, first("{name}", "one")')
 
 

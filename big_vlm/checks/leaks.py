@@ -19,8 +19,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 LONG = 4, 12  # words and letters
 _EXAMPLES, _OTHERS, _SHARE = 8, 3, 0.9
 # Location and segmentation tokens; a character each of Thai, Lao, Burmese, Khmer, kana and Chinese; words.
@@ -101,5 +99,5 @@ def _offered(answer: Words, prompt: Words, columns: Sequence[Sequence[str]]) -> 
 def columns(example: Mapping[str, Any]) -> list[list[str]]:
     """The lists of texts among an example's fields and their fields."""
     values = [value for field in example.values() for value in (field.values() if isinstance(field, dict) else [field])]
-    lists = [list(value) for value in values if isinstance(value, list | tuple | np.ndarray) and np.ndim(value) == 1]
+    lists = [list(value) for value in values if isinstance(value, list | tuple) or getattr(value, 'ndim', 0) == 1]
     return [found for found in lists if found and all(isinstance(item, str) for item in found)]

@@ -5,7 +5,7 @@ A column is a field with several items, or one inside another: 'captions/text'. 
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,7 +59,7 @@ def alike(example: Example, operation: str) -> np.ndarray:
     return np.stack(value)
 
 
-def column(example: Example, name: str) -> Sequence[Any]:
+def column(example: Example, name: str) -> Any:
     """A field, or one within another: 'captions/text'. Raises UserError for one that is not there, ValueError where it
     lacks the one within, as this example's may alone."""
     first, *within = name.split('/')
@@ -72,15 +72,34 @@ def column(example: Example, name: str) -> Sequence[Any]:
 
 
 def text(example: Example, name: str) -> str:
-    """A field as words. Raises ValueError for null, for bytes that are no UTF-8 and for several items."""
+    """A field as words. Raises ValueError for null, for bytes that are no UTF-8, for several items and for fields."""
     value = column(example, name)
-    if value is None:
-        raise ValueError(f'{name} is null')
+    _check_whole(value, name)
     if isinstance(value, bytes):
         return value.decode()
-    if isinstance(value, (list, tuple, dict)) or np.ndim(value):
+    if isinstance(value, (list, tuple)) or np.ndim(value):
         raise ValueError(f'{name} has several items, and a text is one: first("{name}", "one"), or choice, or join')
     return str(value)
+
+
+def items(value: Any, name: str) -> list[Any]:
+    """The items of a column's value, NumPy's as Python's. Raises ValueError, with the column's name, for null and for
+    what is no list: a text would be read letter by letter, fields by their names."""
+    _check_whole(value, name)
+    if not isinstance(value, (list, tuple, np.ndarray)):
+        raise ValueError(f'{name} is one value and no list: write it as a list of one, or take it as it is, {{{name}}}')
+    found = [one.item() if isinstance(one, np.generic) else one for one in value]
+    if any(one is None for one in found):
+        raise ValueError(f'{name} has null among its items')
+    return found
+
+
+def texts(value: Any, name: str) -> list[str]:
+    """`items` as words. Raises ValueError as it does, for bytes that are no UTF-8 and for items that are no text."""
+    found = items(value, name)
+    if any(isinstance(one, (list, tuple, np.ndarray, Mapping)) for one in found):
+        raise ValueError(f'an item of {name} is a list or holds fields, and is no text')
+    return [one.decode() if isinstance(one, bytes) else str(one) for one in found]
 
 
 def fill(example: Example, template: str) -> str:
@@ -114,22 +133,21 @@ def majority(example: Example, context: 'Context', source: str, name: str) -> No
 
 def pick(example: Example, context: 'Context', source: str, index: str, name: str) -> None:
     """The item of a column that another field counts to, from 0: `pick('choices', 'answer', 'right')`."""
-    items, at = _items(example, source), int(get(example, index))
-    if not 0 <= at < len(items):
-        raise ValueError(f'{index} is {at}, and {source} has {len(items)} items')
-    example[name] = items[at]
+    listed, at = _items(example, source), int(get(example, index))
+    if not 0 <= at < len(listed):
+        raise ValueError(f'{index} is {at}, and {source} has {len(listed)} items')
+    example[name] = listed[at]
 
 
 def join(example: Example, context: 'Context', source: str, glue: str, name: str) -> None:
     """The items of a column as one text: `join('choices', ', ', 'listed')`."""
-    example[name] = glue.join(map(str, _items(example, source)))
+    example[name] = glue.join(_items(example, source, texts))
 
 
 def lower(example: Example, context: 'Context', *names: str) -> None:
     """Fields, texts or columns of texts, in lower case."""
     for name in names:
-        value = get(example, name)
-        example[name] = value.lower() if isinstance(value, str) else [str(item).lower() for item in value]
+        example[name] = _lowered(example, name)
 
 
 def options(example: Example, context: 'Context', source: str, index: str) -> None:
@@ -137,47 +155,54 @@ def options(example: Example, context: 'Context', source: str, index: str) -> No
 
     `letter` is that of the right one, to which the field `index` counts from 0.
     """
-    items, right = _items(example, source), int(get(example, index))
-    if not 0 <= right < len(items) <= len(_LETTERS):
-        raise ValueError(f'{index} is {right}, and {source} has {len(items)} items')
-    order = context.rng.permutation(len(items)).tolist() if context.train else list(range(len(items)))
-    example['options'] = ', '.join(f'({_LETTERS[at]}) {items[item]}' for at, item in enumerate(order))
+    listed, right = _items(example, source, texts), int(get(example, index))
+    if not 0 <= right < len(listed) <= len(_LETTERS):
+        raise ValueError(f'{index} is {right}, and {source} has {len(listed)} items')
+    order = context.rng.permutation(len(listed)).tolist() if context.train else list(range(len(listed)))
+    example['options'] = ', '.join(f'({_LETTERS[at]}) {listed[item]}' for at, item in enumerate(order))
     example['letter'] = _LETTERS[order.index(right)]
 
 
-def _items(example: Example, source: str) -> list[Any]:
-    items = column(example, source)
-    if not len(items):
+def _check_whole(value: Any, name: str) -> None:
+    if value is None:
+        raise ValueError(f'{name} is null')
+    if isinstance(value, Mapping):
+        raise ValueError(f'{name} holds fields: write {" or ".join(f"{name}/{key}" for key in value)}')
+
+
+def _items(example: Example, source: str, of: Callable[[Any, str], list[Any]] = items) -> list[Any]:
+    found = of(column(example, source), source)
+    if not found:
         raise ValueError(f'{source} is empty')
-    return [value.item() if isinstance(value, np.generic) else value for value in items]
+    return found
 
 
 def _item(example: Example, source: str, choose: Callable[[int], int]) -> Any:
-    items = _items(example, source)
-    return items[choose(len(items))]
+    found = _items(example, source)
+    return found[choose(len(found))]
+
+
+def _lowered(example: Example, name: str) -> str | list[str]:
+    value = get(example, name)
+    if isinstance(value, (str, bytes)):
+        return text(example, name).lower()
+    return [one.lower() for one in texts(value, name)]
 
 
 OPERATIONS = (copy, first, choice, majority, pick, join, lower, options)
 
 
-def _lowered(record: Example, *names: str) -> Iterator[Example]:
-    yield {
-        name: value.lower() if isinstance(value := get(record, name), str) else [str(item).lower() for item in value]
-        for name in names
-    }
-
-
 # The fields that an operation may make of a record for those after it, to know every text there may be.
 MADE: dict[str, Callable[..., Iterator[Example]]] = {
     'copy': lambda record, source, name: iter([{name: column(record, source)}]),
-    'first': lambda record, source, name: ({name: value} for value in column(record, source)[:1]),
-    'choice': lambda record, source, name: ({name: value} for value in column(record, source)),
-    'majority': lambda record, source, name: ({name: value} for value in column(record, source)),
-    'pick': lambda record, source, index, name: ({name: value} for value in column(record, source)),
-    'join': lambda record, source, glue, name: iter([{name: glue.join(map(str, column(record, source)))}]),
-    'lower': _lowered,
+    'first': lambda record, source, name: ({name: value} for value in items(column(record, source), source)[:1]),
+    'choice': lambda record, source, name: ({name: value} for value in items(column(record, source), source)),
+    'majority': lambda record, source, name: ({name: value} for value in items(column(record, source), source)),
+    'pick': lambda record, source, index, name: ({name: value} for value in items(column(record, source), source)),
+    'join': lambda record, source, glue, name: iter([{name: glue.join(texts(column(record, source), source))}]),
+    'lower': lambda record, *names: iter([{name: _lowered(record, name) for name in names}]),
     'options': lambda record, source, index: (
         {'options': f'({_LETTERS[at]}) {item}, ', 'letter': _LETTERS[at]}
-        for at, item in enumerate(column(record, source)[: len(_LETTERS)])
+        for at, item in enumerate(texts(column(record, source), source)[: len(_LETTERS)])
     ),
 }

@@ -18,12 +18,12 @@ Example = dict[str, Any]
 
 
 def names(objects: dict) -> list[str]:
-    """What each is called."""
+    """What each is called. Raises ValueError for what is no list of texts."""
     if 'label' in objects:
-        return list(objects['label'])
+        return fields.texts(objects['label'], 'objects/label')
     return [
         scene_language.name({'color': color, 'digit': int(digit)})
-        for color, digit in zip(objects['color'], objects['digit'], strict=True)
+        for color, digit in zip(fields.texts(objects['color'], 'objects/color'), objects['digit'], strict=True)
     ]
 
 

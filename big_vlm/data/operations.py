@@ -242,14 +242,15 @@ def dialogue(example: Example, context: 'Context', turns: Annotated[int, 1], *ki
 
 def _ask(example: Example, context: 'Context', turns: int, kinds: Sequence[str]) -> None:
     """`prefix`, `suffix` and `kind` of a first question, and (prefix, suffix) of others as `more`."""
-    asked = fields.get(example, 'questions')
-    present = list(dict.fromkeys(asked['kind']))
+    every, questions, answers = (
+        fields.texts(fields.column(example, f'questions/{key}'), f'questions/{key}')
+        for key in ('kind', 'question', 'answer')
+    )
+    present = list(dict.fromkeys(every))
     for kind in kinds:
         if kind not in present and kind not in scene_language.KINDS:
             raise ValueError(unknown('question kind', kind, {*present, *scene_language.KINDS}))
-    left = {
-        kind: [i for i, k in enumerate(asked['kind']) if k == kind] for kind in present if not kinds or kind in kinds
-    }
+    left = {kind: [i for i, k in enumerate(every) if k == kind] for kind in present if not kinds or kind in kinds}
     if not left:
         raise ValueError(f'no question of kind {", ".join(kinds) or "any"} (it has {", ".join(present) or "none"})')
     example['more'] = []
@@ -259,7 +260,7 @@ def _ask(example: Example, context: 'Context', turns: int, kinds: Sequence[str])
             break
         kind = eligible[context.rng.integers(len(eligible))]
         row = left[kind].pop(context.rng.integers(len(left[kind])))
-        texts = fields.cased(asked['question'][row], context), fields.cased(asked['answer'][row], context)
+        texts = fields.cased(questions[row], context), fields.cased(answers[row], context)
         if turn:
             example['more'].append(texts)
         else:
@@ -372,9 +373,8 @@ ADDS: dict[str, Callable[..., dict[str, tuple[tuple[int, ...], type]]]] = {
 
 
 def _question_texts(record: dict, *kinds: str) -> Iterator[str]:
-    asked = fields.get(record, 'questions')
-    yield from asked['question']
-    yield from asked['answer']
+    for key in ('question', 'answer'):
+        yield from fields.texts(fields.column(record, f'questions/{key}'), f'questions/{key}')
 
 
 def _detect_texts(record: dict, what: str = 'object') -> Iterator[str]:

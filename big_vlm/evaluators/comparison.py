@@ -1,5 +1,6 @@
 """Two runs' answers to the same examples: where they differ, and whether one is better by more than chance."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,8 @@ def compare(
     """What `generation.predict` made in two runs, example by example.
 
     Args:
-      ours, theirs: the predictions, of which those with the same id and prompt are compared.
+      ours, theirs: the predictions, of which those with the same id and prompt are compared; the n-th of several such
+        with the n-th.
 
     Returns:
       ({metric: {'better', 'worse': examples, 'difference': of the mean scores, 'low', 'high': its interval, 'n'}},
@@ -26,8 +28,8 @@ def compare(
     Raises:
       UserError: no example in common.
     """
-    other = {_key(entry): entry for entry in theirs}
-    pairs = [(entry, other[_key(entry)]) for entry in ours if _key(entry) in other]
+    other = _keyed(theirs)
+    pairs = [(entry, other[key]) for key, entry in _keyed(ours).items() if key in other]
     if not pairs:
         raise UserError('the two runs have no example in common: compare evaluations of one dataset and pipeline')
     summary = {}
@@ -53,5 +55,12 @@ def compare(
     return summary, differing
 
 
-def _key(entry: dict[str, Any]) -> tuple[str, str]:
-    return repr(entry['id']), entry['prompt']
+def _keyed(entries: Sequence[dict[str, Any]]) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """The entries by id, prompt and which of those with both it is: three captions of one image are three examples."""
+    seen: Counter[tuple[str, str]] = Counter()
+    keyed = {}
+    for entry in entries:
+        key = repr(entry['id']), entry['prompt']
+        keyed[*key, seen[key]] = entry
+        seen[key] += 1
+    return keyed

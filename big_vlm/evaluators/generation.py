@@ -2,13 +2,14 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from big_vlm.config import UserError, whole_file
+from big_vlm.data import fields
 from big_vlm.evaluators import scores as scores_lib
 from big_vlm.evaluators.answer_metrics import Metric, metric
 
@@ -61,13 +62,15 @@ def predict(
 
 
 def truth_of(record: dict, name: str) -> str | list[str]:
-    """The true answer in a field, or several in a column of texts. Raises ValueError for a record that has none."""
+    """The true answer in a field, or several in a column of texts. Raises ValueError for a record that has none, or
+    what is no text."""
     value = scores_lib.field(record, name)
-    if not isinstance(value, list | tuple | np.ndarray | None):
+    if value is not None and not isinstance(value, list | tuple | np.ndarray | Mapping):
         return str(value)
-    if value is None or not len(value):
+    truths = [] if value is None else fields.texts(value, name)
+    if not truths:
         raise ValueError(f'field {name!r} has no true answer for {record.get("id", record.get("prefix"))!r}')
-    return [one.decode() if isinstance(one, bytes) else str(one) for one in value]
+    return truths
 
 
 def summarise(

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from big_vlm.config import Eval, Stage, UserError, located
-from big_vlm.data import eval_loader, prompts, sources, transforms
+from big_vlm.data import eval_loader, fields, prompts, sources, transforms
 from big_vlm.data.contract import Contract
 from big_vlm.data.failures import Failures
 from big_vlm.data.tokenizer import Tokenizer
@@ -202,10 +202,7 @@ class Evaluator:
     def _choices(self, settings: Eval, record: dict) -> list[str]:
         if not settings.choices_field:
             return list(settings.choices)
-        listed = np.asarray(field(record, settings.choices_field)).tolist()
-        if not isinstance(listed, list):
-            raise ValueError(f'{settings.choices_field} is no list of answers')
-        return [one.decode() if isinstance(one, bytes) else one for one in listed]
+        return fields.texts(field(record, settings.choices_field), settings.choices_field)
 
     def _table(self, settings: Eval, sets: list[list[str]]) -> np.ndarray:
         limit, lower = settings.max_new_tokens, self.contract.lower
@@ -344,7 +341,7 @@ def _check_fields(settings: Eval, record: dict) -> None:
 
 
 def _check_one(name: str, value: Any) -> None:
-    if np.ndim(value) or isinstance(value, dict):
+    if isinstance(value, list | tuple | dict) or np.ndim(value):
         raise UserError(f'{name} has several values in one example: take one in the pipeline, first("{name}", "one")')
 
 

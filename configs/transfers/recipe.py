@@ -141,9 +141,9 @@ def answers(pipeline: str, metric: str, split: str = 'val', field: str = 'answer
     return dict(split=split, pipeline=pipeline, metrics=(metric,), answers=field, **more)
 
 
-def captions(pipeline: str, split: str = 'val', **more) -> dict:
-    """An evaluation of captions, judged by `captions`."""
-    return dict(split=split, pipeline=pipeline, metrics=('cider', 'bleu4', 'rouge_l'), answers='captions', **more)
+def captions(pipeline: str, split: str = 'val', column: str = 'captions', **more) -> dict:
+    """An evaluation of captions, judged by those of `column`."""
+    return dict(split=split, pipeline=pipeline, metrics=('cider', 'bleu4', 'rouge_l'), answers=column, **more)
 
 
 def _take_model(made: ConfigDict, bundle: pathlib.Path) -> None:

@@ -41,7 +41,7 @@ def test_a_long_answer_is_one_leak(prompt, answer, leaks):
 
 def test_one_of_several_choices_is_none():
     example = {'image': np.zeros((2, 2)), 'index': 0, 'choices': {'text': [BOATS, 'a lighthouse in the fog']}}
-    assert leaks.columns(example) == [[BOATS, 'a lighthouse in the fog']]
+    assert leaks.columns(example | {'of_each': [['a', 'b'], []]}) == [[BOATS, 'a lighthouse in the fog']]
     prompt = f'which? a lighthouse in the fog, {BOATS}'
     assert found((prompt, BOATS), example=example) == []
     assert found((f'which? {BOATS}', BOATS), example=example) == [0]  # the others are not there to choose from

@@ -106,6 +106,18 @@ def test_valid(name, data, tokenizer):
     stages.rehearse(small, Tokenizer.load(str(tokenizer)), 'config')
 
 
+def test_captions_as_tfds_has_them(tokenizer, tmp_path):
+    captions = {'id': [1, 2], 'text': ['two boats', 'boats at a quay']}
+    Image.new('RGB', (40, 30)).save(tmp_path / '0.png')
+    line = json.dumps({'image': '0.png', 'captions': captions})
+    for split in ('train', 'val'):
+        (tmp_path / f'{split}.jsonl').write_text('\n'.join(4 * [line]))
+    own = [f'data={tmp_path}/{{split}}.jsonl', 'weights=none', 'runlocal', f'tokenizer={tokenizer}']
+    stages.rehearse(load('cococap', *own, 'captions=captions/text'), Tokenizer.load(str(tokenizer)), 'config')
+    with pytest.raises(UserError, match='captions holds fields: write captions/id or captions/text'):
+        stages.rehearse(load('cococap', *own), Tokenizer.load(str(tokenizer)), 'config')
+
+
 @pytest.mark.parametrize('name', ['chartqa', 'gqa'])
 def test_full_size(name, data):
     """On shapes alone: the 2.9 B parameters, the rules that match them, a frozen tower."""

@@ -83,10 +83,48 @@ def test_features_beyond_the_plan_are_left_to_tfds():
     assert record['text'] == 'hello' and record['packed'].tolist() == [1, 2, 3]
 
 
-def test_nested_sequences_need_tensorflow_and_say_so():
-    features = tfds.features.FeaturesDict({'turns': tfds.features.Sequence(tfds.features.Sequence(np.int32))})
+def test_nested_sequences(monkeypatch):
+    """As TFDS has RefCOCO: expressions of each object, of which one may have none; and a list of lists of lists."""
+    # TFDS itself writes them, but for looking a dtype up in TensorFlow.
+    monkeypatch.setattr(tfds.features.TensorInfo, 'dtype', property(lambda info: info.np_dtype))
+    f = tfds.features
+    features = f.FeaturesDict(
+        {
+            'objects': f.Sequence(
+                {
+                    'bbox': f.BBoxFeature(),
+                    'mask': f.Image(encoding_format='png'),
+                    'refexp': f.Sequence({'raw': f.Text(), 'refexp_id': np.int64}),
+                    'parts': f.Sequence(f.BBoxFeature()),
+                }
+            ),
+            'deep': f.Sequence(f.Sequence(f.Sequence(np.int32), length=2)),
+        }
+    )
+    boxes = [f.BBox(0.0, 0.25, 0.5, 0.75), f.BBox(0.0, 0.0, 0.5, 1.0)]
+    said = [[{'raw': 'a', 'refexp_id': 1}, {'raw': 'the b', 'refexp_id': 2}], [], [{'raw': 'ç', 'refexp_id': 3}]]
+    objects = [
+        {'bbox': boxes[0], 'mask': b'\x89PNG', 'parts': boxes[:count], 'refexp': expressions}
+        for count, expressions in zip((0, 2, 1), said, strict=True)
+    ]
+    deep = [[[1, 2], []], [[], [3]], [[4], [5, 6, 7]]]
+    read = records.reader(features)
+    record = read(features.serialize_example({'objects': objects, 'deep': deep}))
+    assert record['objects']['refexp']['raw'] == [['a', 'the b'], [], ['ç']]
+    assert [ids.tolist() for ids in record['objects']['refexp']['refexp_id']] == [[1, 2], [], [3]]
+    assert [parts.shape for parts in record['objects']['parts']] == [(0, 4), (2, 4), (1, 4)]
+    assert record['objects']['parts'][1].tolist() == [[0, 0.25, 0.5, 0.75], [0, 0, 0.5, 1]]
+    assert record['objects']['bbox'].shape == (3, 4) and record['objects']['mask'] == 3 * [b'\x89PNG']
+    assert [[[*inner] for inner in middle] for middle in record['deep']] == deep
+    empty = read(features.serialize_example({'objects': [], 'deep': []}))
+    assert empty['objects']['refexp']['raw'] == empty['deep'] == [] and empty['objects']['bbox'].shape == (0, 4)
+
+
+def test_nested_sequences_beside_features_for_tfds_say_that_they_need_tensorflow():
+    packed = tfds.features.Tensor(shape=(3,), dtype=np.float32, encoding='zlib')
+    turns = tfds.features.Sequence(tfds.features.Sequence(np.int32))
     with pytest.raises(UserError, match="feature 'turns' is a nested sequence"):
-        records.reader(features)
+        records.reader(tfds.features.FeaturesDict({'turns': turns, 'packed': packed}))
 
 
 @pytest.mark.parametrize(

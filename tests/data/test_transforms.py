@@ -356,6 +356,58 @@ def test_choice_is_random_in_training_and_the_first_otherwise(tokenizer):
         pipeline({}, make_context(tokenizer))
 
 
+@pytest.mark.parametrize(
+    ('pipeline', 'value', 'message'),
+    [
+        ("choice('c', 'one')", {'id': [1], 'text': ['a dog']}, 'c holds fields: write c/id or c/text'),
+        ("suffix('{c}')", {'text': ['a dog']}, 'c holds fields: write c/text'),
+        ("choice('c', 'one')", 'a dog', 'c is one value and no list: write it as a list of one, or .* {c}'),
+        ("majority('c', 'one')", 'yes', 'c is one value and no list'),
+        ("first('c', 'one')", b'yes', 'c is one value and no list'),
+        ("pick('c', 'at', 'one')", 'yes', 'c is one value and no list'),
+        ("join('c', ', ', 'one')", 3, 'c is one value and no list'),
+        ("options('c', 'at')", None, 'c is null'),
+        ("lower('c')", {'text': ['A']}, 'c holds fields: write c/text'),
+        ("choice('c', 'one')", ['a', None], 'c has null among its items'),
+        ("join('c', ', ', 'one')", ['a', None], 'c has null among its items'),
+        ("join('c', ', ', 'one')", [['a'], ['b']], 'an item of c is a list or holds fields'),
+        ("options('c', 'at')", [{'text': 'a'}], 'an item of c is a list or holds fields'),
+    ],
+)
+def test_what_is_no_list_of_texts_is_a_bad_record(tokenizer, pipeline, value, message):
+    read = transforms.parse(pipeline, where='')
+    with pytest.raises(ValueError, match=message):
+        read({'c': value, 'at': 0}, make_context(tokenizer))
+    with pytest.raises(ValueError, match=message):
+        list(transforms.parse(f"{pipeline} | suffix('{{one}}{{options}}')", where='').texts({'c': value, 'at': 0}))
+
+
+def test_bytes_are_texts(tokenizer):
+    record = {'c': [b'Hund', 'Stra\u00dfe'.encode()], 'b': b'ABC', 'at': 1}
+    pipeline = "join('c', ', ', 'all') | options('c', 'at') | choice('c', 'one') | lower('b', 'c') | suffix('{one}')"
+    read = transforms.parse(pipeline, where='')
+    made = read(record, make_context(tokenizer, train=False))
+    assert made['all'] == 'Hund, Straße' and made['options'] == '(A) Hund, (B) Straße' and made['letter'] == 'B'
+    assert made['suffix'].lower() == 'hund' and made['b'] == 'abc' and made['c'] == ['hund', 'straße']
+    assert list(read.texts(record)) == 2 * ['Hund', 'Straße']
+    read = transforms.parse("join('c', ', ', 'all') | prefix('{all}')", where='')
+    assert list(read.texts(record)) == ['Hund, Straße']
+
+
+@pytest.mark.parametrize(
+    ('label', 'message'),
+    [
+        ('cat', 'objects/label is one value and no list'),
+        ([None], 'objects/label has null'),
+        ({'text': ['cat']}, 'write objects/label/text'),
+    ],
+)
+def test_labels_are_a_list_of_texts(tokenizer, label, message):
+    record = {'objects': {'bbox': [[0.0, 0.0, 0.5, 0.5]], 'label': label}}
+    with pytest.raises(ValueError, match=message):
+        transforms.parse('detect', where='')(record, make_context(tokenizer))
+
+
 def test_detect_takes_labels_of_any_kind(tokenizer):
     objects = {'bbox': [[0.0, 0.0, 0.5, 0.5], [0.25, 0.5, 1.0, 1.0]], 'label': ['boat', 'Boat']}
     record = {'objects': objects}

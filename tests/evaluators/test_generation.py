@@ -117,6 +117,19 @@ def test_several_true_answers(tmp_path):
         generation.predict(lambda batch: ['a'], [(batch, records)], [], truth_field='truths/words')
 
 
+def test_truths_are_texts():
+    assert generation.truth_of({'a': 3}, 'a') == '3' and generation.truth_of({'a': b'yes'}, 'a') == 'yes'
+    assert generation.truth_of({'a': {'text': [b'yes', 'no']}}, 'a/text') == ['yes', 'no']
+    for value, wrong in (
+        ({'id': [1], 'text': ['a dog']}, 'a holds fields: write a/id or a/text'),
+        ([{'text': 'a dog'}], 'an item of a is a list or holds fields'),
+        ([['a dog']], 'an item of a is a list or holds fields'),
+        (['a dog', None], 'a has null among its items'),
+    ):
+        with pytest.raises(ValueError, match=wrong):
+            generation.truth_of({'a': value}, 'a')
+
+
 # mask_iou: test_mask_scores; meteor, whose program is another's: metrics/test_references
 @pytest.mark.parametrize('name', [name for name in answer_metrics.METRICS if name not in ('mask_iou', 'meteor')])
 def test_every_metric_knows_right_from_wrong(name):
@@ -162,6 +175,17 @@ def test_of_an_error_less_is_better():
     summary, _ = comparison.compare(right, wrong)
     entry = summary['character_error_rate']
     assert (entry['better'], entry['worse']) == (1, 0) and entry['difference'] == pytest.approx(-1 / 3)
+
+
+def test_a_run_is_as_good_as_itself_where_one_picture_has_several_lines():
+    run = [
+        {'id': 7, 'prompt': 'caption en', 'prediction': truth[:5], 'truth': truth, 'score': {'exact_match': score}}
+        for truth, score in (('a dog', 1.0), ('a cat runs', 0.0), ('a cat', 1.0))
+    ]
+    summary, differing = comparison.compare(run, run)
+    assert summary['exact_match'] == {'better': 0, 'worse': 0, 'difference': 0, 'low': 0, 'high': 0, 'n': 3}
+    assert not differing
+    assert comparison.compare(run, run[:2])[0]['exact_match']['n'] == 2
 
 
 def test_a_guesser_has_the_chance_of_every_slice():

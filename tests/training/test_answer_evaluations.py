@@ -198,10 +198,10 @@ def test_refused(changes, message, tmp_path):
     [
         (dict(kind='perplexity'), dict(answer=' '), 'the true answer is empty'),
         (dict(kind='generation'), dict(options=['red', '']), "choice '': must be text"),
-        (dict(kind='generation'), dict(options=['red', None]), 'choice None: must be text'),
+        (dict(kind='generation'), dict(options=['red', None]), 'options has null among its items'),
         (dict(kind='generation'), dict(options=['red', 'a caption of very many words']), 'raise max_new_tokens from 8'),
         (dict(kind='generation'), dict(options=[]), 'no choices'),
-        (dict(kind='generation'), dict(options='red'), 'options is no list of answers'),
+        (dict(kind='generation'), dict(options='red'), 'options is one value and no list'),
         (dict(kind='calibration', fit_split='train[:5]'), dict(answer='green'), "'green' is none of the choices"),
     ],
 )

@@ -1,6 +1,7 @@
 """Whole training states: saved in the background, published atomically, verified, restored onto any mesh."""
 
 import contextlib
+import functools
 import logging
 import os
 import pathlib
@@ -64,8 +65,7 @@ class Checkpointer:
             registry.add('state', args, ocp.StandardCheckpointHandler())
         for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
             registry.add('extra', args, ocp.JsonCheckpointHandler())
-        # Orbax logs the traceback of what it raises, too.
-        logging.getLogger('absl').addFilter(_not_of_orbax)
+        _hush_orbax()
         with self._writing():
             self._manager = ocp.CheckpointManager(
                 self._directory,
@@ -113,6 +113,7 @@ class Checkpointer:
                 self._rescore(step, score)
             return
         self._settle()
+        self._sweep()  # What was still being written when the one before was cleared away.
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(trees.nested(trees.flat(state))), extra=ocp.args.JsonSave(extra or {})
         )
@@ -182,11 +183,8 @@ class Checkpointer:
 
     def close(self) -> None:
         """Waits, and ends the threads."""
-        try:
-            with self._writing():
-                self._manager.close()
-        finally:
-            logging.getLogger('absl').removeFilter(_not_of_orbax)
+        with self._writing():
+            self._manager.close()
 
     def _settle(self) -> None:
         """Waits for the save under way, and takes note of how it ended."""
@@ -220,15 +218,18 @@ class Checkpointer:
         step, self._saving, self._error = self._saving, None, error
         self._failed += 1
         self._policy.scores.pop(step, None)
-        if jax.process_index() == 0:
-            for rest in self._directory.glob(f'{step}.*tmp*'):
-                shutil.rmtree(rest, ignore_errors=True)
+        self._sweep()
         if self._failed > self._grace:
             raise error
         meshes.wait('failed save cleared away')
         self._manager.reload()
         left = self._grace - self._failed
         _say(f'{error}. The run goes on; {f"{left} more" if left else "no more"} in a row may fail')
+
+    def _sweep(self) -> None:
+        if jax.process_index() == 0:
+            for rest in self._directory.glob('*.*tmp*'):
+                shutil.rmtree(rest, ignore_errors=True)
 
     def _write_manifest(self) -> None:
         """In the thread that saves, when all is written but the folder does not have its name yet."""
@@ -347,8 +348,13 @@ def _say(line: str) -> None:
     say(f'big_vlm: {line}', sys.stderr)
 
 
-def _not_of_orbax(record: logging.LogRecord) -> bool:
-    return f'{os.sep}orbax{os.sep}' not in record.pathname
+@functools.cache  # For good: writes that fail may outlive their Checkpointer.
+def _hush_orbax() -> None:
+    """Orbax logs what it raises, too, and Python tells of every other array whose write fails or ends too late."""
+    logging.getLogger('absl').addFilter(lambda record: f'{os.sep}orbax{os.sep}' not in record.pathname)
+    logging.getLogger('asyncio').addFilter(lambda record: not (record.exc_info and 'OCDBT' in str(record.exc_info[1])))
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda told: None if str(told.exc_value) == 'Event loop is closed' else hook(told)
 
 
 def abstract(tree: Any, shardings: Any = None) -> Any:

@@ -1,5 +1,6 @@
 """Pytrees as nested dicts of arrays: the form on disk, free of anyone's container classes."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,6 +69,10 @@ def check_same(wanted: Mapping[str, Any], stored: Mapping[str, Any], where: str,
 
 
 def one_line(error: Exception) -> str:
-    """An error's text as the end of a UserError; of a long one both ends, as the cause may stand at either."""
-    text = ' '.join(str(error).split()) or type(error).__name__
+    """An error's text as the end of a UserError; of a long one both ends, as the cause may stand at either.
+
+    >>> one_line(ValueError("NOT_FOUND: a/b\\n [tensorstore_spec='{...}'] [os_error_code='2']"))
+    "NOT_FOUND: a/b [os_error_code='2']"
+    """
+    text = ' '.join(re.sub(r"\[tensorstore_spec='.*?'\]", '', str(error)).split()) or type(error).__name__
     return text if len(text) <= 240 else f'{text[:120]} … {text[-120:]}'

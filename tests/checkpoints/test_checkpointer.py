@@ -100,6 +100,15 @@ def test_a_half_written_step_does_not_count(tmp_path):
         assert checkpointer.latest_step() == 1
 
 
+def test_what_a_failed_save_wrote_too_late_goes_before_the_next(tmp_path):
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {'w': jnp.ones(())})
+        checkpointer.wait()
+        (tmp_path / '2.orbax-checkpoint-tmp' / 'state').mkdir(parents=True)
+        checkpointer.save(3, {'w': jnp.ones(())})
+    assert [f.name for f in tmp_path.iterdir()] == ['3']
+
+
 def test_what_does_not_fit_is_named(tmp_path):
     state = make_state(mesh(1, 1))
     with Checkpointer(tmp_path) as checkpointer:

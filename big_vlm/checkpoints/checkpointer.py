@@ -285,7 +285,9 @@ class Checkpointer:
                 if not (folder / '_CHECKPOINT_METADATA').exists():
                     shutil.rmtree(folder, ignore_errors=True)
                     folders.remove(folder)
-            while folders and (damage := manifest.problem(folders[-1])) and len(folders) > 1 and not self._remedy:
+            while folders and (damage := manifest.problem(folders[-1], folders[:-1])):
+                if len(folders) == 1 or self._remedy:
+                    break
                 damaged = folders.pop()
                 aside = _free(damaged.with_name(f'{damaged.name}.damaged'))
                 os.replace(damaged, aside)

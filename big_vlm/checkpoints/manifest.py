@@ -8,6 +8,7 @@ import concurrent.futures
 import hashlib
 import json
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 from big_vlm.config import UserError, whole_file
@@ -43,17 +44,18 @@ def read(folder: pathlib.Path) -> dict[str, Any] | None:
     return manifest
 
 
-def problem(folder: pathlib.Path) -> str | None:
+def problem(folder: pathlib.Path, before: Iterable[pathlib.Path] = ()) -> str | None:
     """What is wrong with a checkpoint, in a few words; None if every file is as it was written.
 
-    One without a manifest, as older versions wrote them, is not judged. Raises UserError for one of a newer version.
+    One without a manifest, as older versions wrote them, is not judged, unless one of those `before` it has one. Raises
+    UserError for one of a newer version.
     """
     try:
         manifest = read(folder)
     except (ValueError, OSError) as error:
         return f'{NAME} cannot be read ({error})'
     if manifest is None:
-        return None
+        return f'{NAME} is missing' if any((older / NAME).exists() for older in before) else None
     if manifest.get('format') != _FORMAT:
         raise UserError(f'{folder}: made by a newer version (format {manifest.get("format")}): use that one')
     with concurrent.futures.ThreadPoolExecutor() as pool:

@@ -62,6 +62,9 @@ def damage(kind, folder):
         shutil.rmtree(folder / 'state')
     elif kind == 'a torn manifest':
         os.truncate(folder / manifest.NAME, 40)
+    elif kind.startswith('no manifest'):
+        (folder / manifest.NAME).unlink()
+        shutil.rmtree(folder / kind.rpartition(' ')[2])
 
 
 @pytest.mark.parametrize(
@@ -72,6 +75,8 @@ def damage(kind, folder):
         ('a deleted file', ' is missing'),
         ('half deleted', ' is missing'),
         ('a torn manifest', 'manifest.json cannot be read'),
+        ('no manifest and no state/d', 'manifest.json is missing'),
+        ('no manifest and no extra', 'manifest.json is missing'),
     ],
 )
 def test_a_damaged_one_is_set_aside_and_the_one_before_counts(two, tmp_path, capfd, kind, said):
@@ -128,14 +133,19 @@ def test_no_roll_back_to_a_damaged_one(two, tmp_path, capfd):
 
 
 def test_versions(two, tmp_path):
-    """One without a manifest is restored as before; one of a newer version is refused, not set aside."""
+    """One without a manifest, as all before it, is restored; one of a newer version is refused, not set aside."""
     folder = shutil.copytree(two, tmp_path / 'c')
     file = folder / '2' / manifest.NAME
     file.write_text(json.dumps(json.loads(file.read_text()) | {'format': 2}))
     with pytest.raises(UserError, match='made by a newer version'):
         Checkpointer(folder)
-    file.unlink()
+    for step in ('1', '2'):
+        (folder / step / manifest.NAME).unlink()
     assert restore(folder)[0] == 2
+    with Checkpointer(folder, keep=9) as saver:  # One of now does not speak against those before it.
+        saver.save(3, state(3))
+        saver.wait()
+        assert saver.go_back(3) == 2
 
 
 def test_another_dtype_is_refused(two):

@@ -1,8 +1,6 @@
 """Whole training states: saved in the background, published atomically, verified, restored onto any mesh."""
 
 import contextlib
-import functools
-import logging
 import os
 import pathlib
 import shutil
@@ -13,7 +11,7 @@ from typing import Any, Literal
 import jax
 import orbax.checkpoint as ocp
 
-from big_vlm.checkpoints import manifest, together, trees
+from big_vlm.checkpoints import manifest, orbax_errors, together, trees
 from big_vlm.config import UserError, say
 from big_vlm.sharding import mesh as meshes
 
@@ -65,7 +63,6 @@ class Checkpointer:
             registry.add('state', args, ocp.StandardCheckpointHandler())
         for args in (ocp.args.JsonSave, ocp.args.JsonRestore):
             registry.add('extra', args, ocp.JsonCheckpointHandler())
-        _hush_orbax()
         with self._writing():
             self._manager = ocp.CheckpointManager(
                 self._directory,
@@ -264,7 +261,8 @@ class Checkpointer:
         try:
             if damage := self._damage if step == newest else manifest.problem(folder):
                 raise ValueError(damage)
-            yield step
+            with orbax_errors.plain():
+                yield step
         except (ValueError, OSError, KeyError) as error:
             remedy = self._remedy or 'Delete this folder to go on without it'
             raise UserError(f'checkpoint {folder} is damaged: {trees.one_line(error)}. {remedy}') from error
@@ -300,7 +298,8 @@ class Checkpointer:
     def _writing(self) -> Iterator[None]:
         """A full disk, a lost mount or a missing permission is the user's to mend; it may show a save later."""
         try:
-            yield
+            with orbax_errors.plain():
+                yield
         except (OSError, ValueError) as error:
             raise UserError(f'{self._directory}: checkpoint not written: {trees.one_line(error)}') from error
 
@@ -348,15 +347,6 @@ def _free(path: pathlib.Path) -> pathlib.Path:
 
 def _say(line: str) -> None:
     say(f'big_vlm: {line}', sys.stderr)
-
-
-@functools.cache  # For good: writes that fail may outlive their Checkpointer.
-def _hush_orbax() -> None:
-    """Orbax logs what it raises, too, and Python tells of every other array whose write fails or ends too late."""
-    logging.getLogger('absl').addFilter(lambda record: f'{os.sep}orbax{os.sep}' not in record.pathname)
-    logging.getLogger('asyncio').addFilter(lambda record: not (record.exc_info and 'OCDBT' in str(record.exc_info[1])))
-    hook = sys.unraisablehook
-    sys.unraisablehook = lambda told: None if str(told.exc_value) == 'Event loop is closed' else hook(told)
 
 
 def abstract(tree: Any, shardings: Any = None) -> Any:

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from orbax.checkpoint import type_handlers
 
-from big_vlm.checkpoints import trees
+from big_vlm.checkpoints import orbax_errors, trees
 from big_vlm.config import UserError, unknown
 
 _MARK = '_METADATA'  # Orbax writes it into every folder of arrays
@@ -65,10 +65,10 @@ def save_weights(directory: str | pathlib.Path, params: Any) -> None:
         registry = type_handlers.create_type_handler_registry((Unread, _OneByOne(deepcopy_host_arrays=False)))
         # Files of their own: OCDBT's are written when an array is complete, and hold it in memory till then.
         handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_ocdbt=False)
-        with ocp.Checkpointer(handler) as checkpointer:
+        with orbax_errors.plain(), ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(directory, args=ocp.args.PyTreeSave(tree, save_args=pieces), force=True)
         return
-    with ocp.StandardCheckpointer() as checkpointer:
+    with orbax_errors.plain(), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(directory, tree, save_args=pieces, force=True)
         checkpointer.wait_until_finished()
 
@@ -109,7 +109,7 @@ def load_weights(directory: str | pathlib.Path, like: Any = None, part: str = ''
     alone = ocp.options.MultiprocessingOptions(here, {here}, barrier_sync_key_prefix=str(here))
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
     try:
-        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        with orbax_errors.plain(), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             restored = checkpointer.restore(
                 found.folder,
                 args=ocp.args.PyTreeRestore(item, restore_args=trees.nested(args), partial_restore=True),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from big_vlm.checkpoints import Checkpointer, abstract, trees
+from big_vlm.checkpoints import Checkpointer, abstract, manifest, trees
 from big_vlm.config import UserError
 
 
@@ -127,13 +127,15 @@ def test_what_does_not_fit_is_named(tmp_path):
             checkpointer.restore(abstract(state), 4)
 
 
-def test_damage_is_one_line(tmp_path):
-    state = {'w': jnp.ones((64, 64))}
+@pytest.mark.parametrize('of_an_older_version', [False, True])
+def test_damage_is_one_line(tmp_path, of_an_older_version):
+    state = {'w': jax.random.normal(jax.random.key(0), (64, 64))}
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, state)
-    for file in (tmp_path / '1' / 'state').rglob('*'):
-        if file.is_file() and file.parent.name == 'd':
-            file.write_bytes(file.read_bytes()[:100])
+    if of_an_older_version:
+        (tmp_path / '1' / manifest.NAME).unlink()
+    for file in (tmp_path / '1' / 'state' / 'ocdbt.process_0' / 'd').iterdir():
+        file.unlink()
     with Checkpointer(tmp_path) as checkpointer, pytest.raises(UserError, match='is damaged: ') as error:
         checkpointer.restore(abstract(state))
     assert '\n' not in str(error.value)

@@ -1,5 +1,10 @@
 """Weights alone: whole, in part, cast and placed, array by array; from a bundle's folder or a training checkpoint."""
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -108,3 +113,37 @@ def test_an_array_is_read_in_pieces(tmp_path, monkeypatch, one_by_one):
         read('a/w')
     with pytest.raises(UserError, match='damaged'):
         load_weights(tmp_path)
+
+
+PROGRAM = """
+import pathlib, resource, sys, jax, numpy as np
+from big_vlm.checkpoints import abstract, load_weights, save_weights
+from big_vlm.config import UserError
+rng = np.random.default_rng(0)
+w = {f'w{i}': jax.numpy.asarray(rng.normal(size=5_000), np.float32) for i in range(100)}
+folder = pathlib.Path(sys.argv[1])
+save_weights(folder / 'a', w)
+for file in folder.glob('a/ocdbt.process_0/d/*'):
+    file.unlink()
+for like in (None, abstract(w)):
+    try:
+        load_weights(folder / 'a', like)
+    except UserError as error:
+        print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+try:
+    save_weights(folder / 'b', w)
+except ValueError as error:
+    print('not written:', error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='a limit on the size of files stands for a quota')
+@pytest.mark.slow
+def test_of_many_arrays_that_fail_one_is_told(tmp_path):
+    environment = {**os.environ, 'PYTHONPATH': str(pathlib.Path(__file__).parents[2])}
+    command = [sys.executable, '-c', PROGRAM, str(tmp_path)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.stderr == ''
+    unread, unplaced, unwritten = result.stdout.splitlines()
+    assert 'a: damaged: ' in unread and 'a: damaged: ' in unplaced and unwritten.startswith('not written: ')

@@ -25,6 +25,7 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # malloc.h, M_…
 CTRL_C = 130  # 128 + SIGINT, as shells have it
 _GONE = re.compile('Gloo|UNAVAILABLE|heartbeat|Connection (reset|closed)').search  # in the text of an error
 _SILENCE = 30  # seconds without a sign of life after which a process counts as gone
+_PATIENCE = 10  # seconds after which a process says that it waits for the others
 INTERRUPTED = 75  # sysexits.h EX_TEMPFAIL: schedulers start the same command again
 _STOPPED = 'big_vlm: stopped; the same command goes on from the newest checkpoint'
 
@@ -88,13 +89,7 @@ def run(argv: Sequence[str]) -> None:
 
     _compilation_cache()
     if flags.distributed:
-        try:
-            jax.distributed.initialize(heartbeat_timeout_seconds=_SILENCE)
-        except ValueError as error:
-            raise UserError(
-                f'--distributed: jax finds no job of several processes here ({error}): start one as the files in '
-                'tools/launch/ do, or leave the flag out'
-            ) from error
+        _join()
         if jax.process_count() == 1:  # With several, jax now hears SIGTERM, and the next step or evaluation heeds it.
             _hear_sigterm()
     _check_devices()
@@ -115,6 +110,36 @@ def run(argv: Sequence[str]) -> None:
                 say(f'{what}: {command}')
             say(f'report: {report}')
         meshes.wait('report')
+
+
+def _join() -> None:
+    """Waits for the other processes. In a thread of its own, for Python hears no signal while jax does.
+
+    Raises UserError where there is no such job.
+    """
+    import jax
+
+    raised: list[BaseException] = []
+
+    def initialize() -> None:
+        try:
+            jax.distributed.initialize(heartbeat_timeout_seconds=_SILENCE)
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=initialize, daemon=True)
+    thread.start()
+    thread.join(_PATIENCE)
+    if thread.is_alive():
+        say('big_vlm: waiting for the other processes of this run', sys.stderr)
+        thread.join()
+    for error in raised:
+        if not isinstance(error, ValueError):
+            raise error
+        raise UserError(
+            f'--distributed: jax finds no job of several processes here ({error}): start one as the files in '
+            'tools/launch/ do, or leave the flag out'
+        ) from error
 
 
 def _check_devices() -> None:

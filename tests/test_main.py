@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -113,6 +114,26 @@ def test_processes_that_find_no_job(call, monkeypatch):
     monkeypatch.setattr(jax.distributed, 'initialize', initialize)
     code, lines = call('--distributed')
     assert code == 2 and len(lines) == 1 and 'tools/launch/' in lines[0]
+
+
+def test_a_process_that_waits_for_others_hears_sigterm(tmp_path):
+    """In jax's own code, where Python runs no handler."""
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = free.getsockname()[1]
+    script = (
+        'import functools, jax, sys\n'
+        'from big_vlm import main\n'
+        f"join = functools.partial(jax.distributed.initialize, 'localhost:{port}', 2, 0)\n"
+        'jax.distributed.initialize = join\n'
+        'main._PATIENCE = 1\n'
+        f"sys.exit(main.main(['--config={runs.CONFIG}:{tmp_path}/data', '--workdir={tmp_path}/run', '--distributed']))"
+    )
+    waiting = subprocess.Popen([sys.executable, '-c', script], cwd=runs.ROOT, stderr=subprocess.PIPE, text=True)
+    assert waiting.stderr.readline() == 'big_vlm: waiting for the other processes of this run\n'
+    waiting.terminate()
+    assert waiting.wait(20) == INTERRUPTED
+    assert waiting.stderr.read() == 'big_vlm: stopped; the same command goes on from the newest checkpoint\n'
 
 
 def test_a_wrong_file(call, tmp_path):

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import sys
 import threading
@@ -71,8 +72,8 @@ def run(argv: list[str]) -> None:
         raise config.unknown('stage', args.stage, stages, '--stage')
     devices, memory = _devices(args.topology, args.devices)
     if args.hbm is not None:
-        if args.hbm <= 0:
-            raise UserError(f'--hbm={args.hbm}: must be more than 0')
+        if not 0 < args.hbm < math.inf:
+            raise UserError(f'--hbm={args.hbm}: must be a number of GiB, more than 0')
         memory = int(args.hbm * 2**30)
     if args.fit and memory is None:
         raise UserError('--fit: the memory of these devices is not known: say how much each has with --hbm=GIB')

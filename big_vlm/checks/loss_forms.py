@@ -62,6 +62,7 @@ def compare(
         ('width', width, 4),
         ('tile', tile, 0),
         ('accumulate', accumulate, 1),
+        ('seed', seed, 0),
     ):
         if value < least:
             raise UserError(f'{name}={value}: must be at least {least}')

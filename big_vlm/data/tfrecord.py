@@ -135,7 +135,7 @@ def _info(folder: Path) -> tuple[dict[str, Any], dict[str, int]]:
             lengths = split['shardLengths']
             for number, length in enumerate(lengths):
                 files[f'{info["name"]}-{split["name"]}.tfrecord-{number:05d}-of-{len(lengths):05d}'] = int(length)
-        info['fileFormat']
+        info['fileFormat'] = info.get('fileFormat') or 'tfrecord'  # as TFDS reads metadata of before it had the field
     except (OSError, ValueError, KeyError, TypeError) as error:
         missing = f', {error} is missing' if isinstance(error, KeyError) else ''
         raise UserError(

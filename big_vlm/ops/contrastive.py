@@ -191,7 +191,7 @@ def _form(form, zimg, mesh, axes):
     if form not in FORMS:
         raise unknown('form of the contrastive loss', form, FORMS)
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    for axis in () if mesh.empty else axes:
+    for axis in axes if form in ('auto', 'ring') and not mesh.empty else ():
         if axis not in mesh.shape:
             raise unknown('mesh axis', axis, mesh.axis_names, where='axes of the contrastive loss')
     if form == 'auto':

@@ -55,7 +55,7 @@ def _value(ring, zimg, ztxt, t, b):
         # Row sums first: float32 error then grows with the width of a block, not with its area.
         return jnp.sum(jax.nn.softplus(pair_logits.negatives(images, texts, scale, b, first)), axis=1), ()
 
-    start = jnp.zeros(zimg.shape[0]), ()
+    start = jnp.zeros(len(zimg), jnp.float32), ()
     losses, _ = walk(ring, visit, add, zimg, ztxt, start)
     losses += jax.nn.softplus(-pair_logits.positives(zimg, ztxt, scale, b))
     return jax.lax.pmean(jnp.mean(losses), ring.axes)
@@ -81,7 +81,7 @@ def _value_and_grads(ring, zimg, ztxt, t, b):
     def finish(take, dtxt):
         return ((dtxt + take(weight)[:, None] * take(zimg)) * batch_scale).astype(ztxt.dtype)
 
-    none, zeros = jnp.zeros(zimg.shape[0]), jnp.zeros(zimg.shape)
+    none, zeros = (jnp.zeros(shape, jnp.float32) for shape in (len(zimg), zimg.shape))
     start = (none, none, zeros), zeros
     (losses, dbias, dimg), dtxt = walk(ring, visit, add, zimg, ztxt, start, finish)
     losses += jax.nn.softplus(-logits)

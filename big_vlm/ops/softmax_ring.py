@@ -56,7 +56,7 @@ def _value(ring, weights, zimg, ztxt, t):
         logits = pair_logits.negatives(images, texts, scale, 0.0, first)
         return _largest_and_sum(logits, axis=1), _largest_and_sum(logits, axis=0)
 
-    empty = jnp.full(zimg.shape[0], pair_logits.NO_PAIR), jnp.zeros(zimg.shape[0])
+    empty = jnp.full(len(zimg), pair_logits.NO_PAIR, jnp.float32), jnp.zeros(len(zimg), jnp.float32)
     sums = walk(ring, visit, _merge, zimg, ztxt, (empty, empty))
     positives = pair_logits.positives(zimg, ztxt, scale, 0.0)
     margins = tuple((largest - positives) + jnp.log(total) for largest, total in sums)
@@ -99,7 +99,7 @@ def _grads(ring, weights, zimg, ztxt, t, margins, cotangent):
     def finish(take, dtxt):
         return ((dtxt + take(own)[:, None] * take(zimg)) * batch_scale).astype(ztxt.dtype)
 
-    zeros = jnp.zeros(zimg.shape)
+    zeros = jnp.zeros(zimg.shape, jnp.float32)
     images, texts = (zimg, positives, image_loss), (ztxt, positives, text_loss)
     dimg, dtxt = walk(ring, visit, add, images, texts, (zeros, zeros), finish)
     dimg += own[:, None] * ztxt

@@ -92,9 +92,12 @@ def _scores(names: Sequence[str], runs: Sequence[Path]) -> str:
 
 def _entries(run: Path) -> Iterator[tuple[str, float]]:
     for file in sorted(run.glob('*/evals.json')):
-        for evaluation, metrics in json.loads(file.read_text(encoding='utf-8')).items():
-            for metric, entry in metrics.items():
-                yield f'{file.parent.name}: {evaluation}: {metric}', float(entry['score'])
+        try:
+            for evaluation, metrics in json.loads(file.read_text(encoding='utf-8')).items():
+                for metric, entry in metrics.items():
+                    yield f'{file.parent.name}: {evaluation}: {metric}', float(entry['score'])
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f'{file} is damaged: {type(error).__name__}: {error}') from error
 
 
 def _shown(value: Any) -> str:

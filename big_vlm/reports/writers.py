@@ -130,9 +130,16 @@ class CsvWriter:
 
 
 def read_csv(path: str | os.PathLike) -> dict[str, list[tuple[int, float]]]:
-    """A CsvWriter's file as {column: [(step, value), …]}, without the empty cells. An absent file is an empty dict."""
+    """A CsvWriter's file as {column: [(step, value), …]}, without the empty cells. An absent file is an empty dict.
+
+    Raises UserError for a file that is none.
+    """
     columns, rows = _read_table(Path(path))
-    return {name: [(int(row[STEP]), float(row[name])) for row in rows if row[name]] for name in columns if name != STEP}
+    names = [name for name in columns if name != STEP]
+    try:
+        return {name: [(int(row[STEP]), float(row[name])) for row in rows if row[name]] for name in names}
+    except (ValueError, KeyError) as error:
+        raise UserError(f'{path} is damaged: {type(error).__name__}: {error}') from error
 
 
 def _read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:

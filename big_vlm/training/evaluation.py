@@ -160,7 +160,9 @@ class Evaluator:
             sources.load(settings.dataset, settings.split, self.stage.data.data_dir), settings.where
         )
         total, count = len(source), settings.examples if examples is None else examples
-        failures = Failures(source.name, 'left out', min(count or total, total))
+        # A report that draws a few of them forgives what the evaluation did.
+        of = min(max(count, settings.examples), total) if count and settings.examples else total
+        failures = Failures(source.name, 'left out', of)
         self._failures.append(failures)
         for batch in eval_loader.eval_batches(
             source,

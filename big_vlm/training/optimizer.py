@@ -201,7 +201,8 @@ def _clip(limit: float) -> optax.GradientTransformation:
         del params
         norm = global_norm(updates)
         factor = jnp.where(norm < limit, 1.0, limit / norm)
-        return jax.tree.map(lambda u: (u * factor).astype(u.dtype), updates), state
+        # In float32, as the factor is: int4 of a frozen base has no product with it.
+        return jax.tree.map(lambda u: (u.astype(jnp.float32) * factor).astype(u.dtype), updates), state
 
     return optax.GradientTransformation(optax.init_empty_state, update)
 

@@ -54,6 +54,7 @@ def test_a_wrong_loss_is_caught(monkeypatch):
         (dict(batch=16, width=4, accumulate=3), r'batch=16 does not divide into 3 micro-batches: use a multiple of 24'),
         (dict(batch=0, width=4), 'batch=0: must be at least 8'),
         (dict(batch=8, width=4, tile=-1), 'tile=-1: must be at least 0'),
+        (dict(batch=8, width=4, seed=-1), 'seed=-1: must be at least 0'),
     ],
 )
 def test_errors_name_the_fix(sizes, message):

@@ -82,7 +82,17 @@ def test_versions_already_converted_are_left(prepared, capsys):
     assert json.loads((prepared / 'dataset_info.json').read_text())['fileFormat'] == 'array_record'
 
 
-@pytest.mark.parametrize('key', ['fileFormat', 'splits', 'name', 'shardLengths'])
+def test_metadata_of_before_there_were_formats(prepared):
+    """TFDS takes what says none for TFRecord."""
+    info = json.loads((prepared / 'dataset_info.json').read_text())
+    del info['fileFormat']
+    (prepared / 'dataset_info.json').write_text(json.dumps(info))
+    assert to_array_record.main([str(prepared)]) == 0
+    [length] = next(split['shardLengths'] for split in info['splits'] if split['name'] == 'train')
+    assert len(sources.load('scenes_again', 'train', str(prepared.parents[1]))) == int(length)
+
+
+@pytest.mark.parametrize('key', ['splits', 'name', 'shardLengths'])
 def test_metadata_without_a_key(prepared, capsys, key):
     info = json.loads((prepared / 'dataset_info.json').read_text())
     for some in (info, *info['splits']):

@@ -308,3 +308,28 @@ def test_errors_name_the_fix():
         sigmoid_loss(z[:8], z[:8], 0.0, 0.0, form='ring', mesh=mesh, ways=2)
     with pytest.raises(UserError, match='fsdp'):
         sigmoid_loss(z, z, 0.0, 0.0, form='ring', mesh=mesh, axes=('data', 'fsd'))
+
+
+@pytest.mark.parametrize('loss', [sigmoid_loss, softmax_loss])
+def test_what_needs_no_mesh_takes_no_notice_of_one(loss):
+    """Of a user's own, whose axes have other names."""
+    mesh = jax.make_mesh((8,), ('x',), axis_types=(AxisType.Auto,))
+    z, rest = unit(np.random.default_rng(0), 2, 16, 4), (1.0, -1.0)[: 2 if loss is sigmoid_loss else 1]
+    for form in ('dense', 'checkpoint'):
+        alone = loss(*z, *rest, form=form)
+        with jax.set_mesh(mesh):
+            assert loss(*z, *rest, form=form) == alone
+    with jax.set_mesh(mesh), pytest.raises(UserError, match="unknown mesh axis 'data'"):
+        loss(*z, *rest, form='ring')
+
+
+@pytest.mark.parametrize('loss', [sigmoid_loss, softmax_loss])
+def test_float64_stays_out(loss):
+    """Where a user has switched it on: the ring adds up and sends float32 all the same."""
+    z, rest = unit(np.random.default_rng(0), 2, 16, 4), (1.0, -1.0)[: 2 if loss is sigmoid_loss else 1]
+    ring = jax.value_and_grad(lambda *z: loss(*z, *rest, form='ring', mesh=make_mesh((4, 2, 1))), argnums=(0, 1))
+    narrow = jax.jit(ring)(*z)
+    with jax.enable_x64(True):
+        wide = jax.jit(ring)(*z)
+    assert {leaf.dtype for leaf in jax.tree.leaves(wide)} == {np.dtype(np.float32)}
+    jax.tree.map(np.testing.assert_array_equal, wide, narrow)

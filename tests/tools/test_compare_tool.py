@@ -81,3 +81,19 @@ def test_no_run_is_one_line(tmp_path, capsys, make):
     assert compare.main([str(a), str(tmp_path / 'b')]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f'error: {tmp_path}/b is no working directory')
+
+
+@pytest.mark.parametrize(
+    ('file', 'text'),
+    [
+        ('evals.json', '{"color": {'),
+        ('evals.json', '{"color": {"accuracy": {}}}'),
+        ('metrics.csv', 'step,loss\n1,abc\n'),
+    ],
+)
+def test_a_damaged_file_is_one_line(tmp_path, capsys, file, text):
+    a, b = make_run(tmp_path / 'a', 0.1, [1.0]), make_run(tmp_path / 'b', 0.1, [1.0])
+    (b / 'pretrain' / file).write_text(text)
+    assert compare.main([str(a), str(b)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f'error: {b}/pretrain/{file} is damaged: ')

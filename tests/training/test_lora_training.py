@@ -129,6 +129,17 @@ def test_a_narrow_base_trains_and_keeps_every_bit(kind):
         assert trained != np.array_equal(first[path], last[path]), path
 
 
+def test_a_narrow_base_beside_a_late_start():
+    """What begins later keeps all gradients in one chain, those of the frozen base too."""
+    stage = lora_stage(lora=dict(base_dtype='int4', train=('img/head/.*',)))
+    rules = (('img/head/.*', dict(start=dict(steps=2))), ('.*', {}))
+    raw = config.to_dict(stage)
+    raw['optimizer']['rules'] = rules
+    first, last, *_ = run(config.parse_stage(raw), meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+    assert not np.array_equal(first['img/head/kernel'], last['img/head/kernel'])
+    np.testing.assert_array_equal(first['llm/layers/mlp/linear'], last['llm/layers/mlp/linear'])
+
+
 @pytest.mark.slow
 def test_a_stage_leaves_its_adapters_and_a_bundle_that_needs_none(tmp_path, tiny_digit_scenes):
     """The base and the adapters are the bundle; a run that was cut off ends with the same bits."""

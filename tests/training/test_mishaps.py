@@ -117,5 +117,7 @@ def test_evaluation_leaves_it_out(damaged, tiny_digit_scenes, tmp_path, caplog, 
     pairs, probe = evaluator('pairs', 1.0), evaluator('probe', 1.0)
     assert [entry['unreadable'] for entry in pairs.values()] == [2] * len(pairs)
     assert probe['accuracy']['n'] == 30 and probe['accuracy']['unreadable'] == len(BAD) + 2
+    few = evaluator.batches(stage.evals['pairs'], 6)  # as a report draws
+    assert [record['caption'] for _, records in few for record in records]
     said = capsys.readouterr().out
     assert 'pairs  2 records left out: unreadable\n' in said and 'probe  6 records left out: unreadable\n' in said

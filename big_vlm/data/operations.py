@@ -98,7 +98,7 @@ def resize(
 
 
 def decode_resize(example: Example, context: 'Context', size: int) -> None:
-    """`decode | resize(size)` for contracts with antialias, in less time: half of it for large pictures.
+    """`decode | resize(size)` for contracts with antialias, in less time: under half of it for large pictures.
 
     The pixels are not quite the same. The filter is computed in float32 (`antialias`), and of a JPEG at least four
     times as large only the low frequencies are decoded; docs/benchmarks.md says what both save and cost.

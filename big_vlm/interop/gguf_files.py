@@ -92,7 +92,7 @@ def read(file: pathlib.Path) -> File:
                 raw = raw.view('<f4' if kind == GGMLQuantizationType.F32 else '<f2')
             try:
                 out[start : start + count] = dequantize(raw, kind)
-            except (NotImplementedError, ValueError) as error:
+            except (NotImplementedError, ValueError) as error:  # the former: gguf, of kinds that it only names
                 raise UserError(f'{file}: {name} is {kind.name} and cannot be dequantised ({error})') from None
         return out.reshape(shapes[name].shape)
 
